@@ -1,0 +1,116 @@
+"""The contracts between the engine and the papers. Protocols only: a method inherits nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.mask import Masks
+from secateur.core.pattern import Pattern
+from secateur.core.problem import LayerProblem, Pruned
+
+Statistic = Literal["gram", "diag", "mean"]
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """One linear in, one masked linear out.
+
+    `needs` names the statistics it reads; `scope` is what an unstructured budget is counted over where the pattern
+    names nothing. `prune` must not change its problem, and must be deterministic.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    scope: ClassVar[Literal["row", "layer"]]
+
+    def prune(self, problem: LayerProblem) -> Pruned: ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A pruner that can rank weights without pruning them, which a budget over the whole model needs."""
+
+    def score(self, problem: LayerProblem) -> Tensor: ...
+
+
+@dataclass
+class BlockTask:
+    """One masked block to be tuned, and what it should give.
+
+    Attributes:
+        block: the block, its pruned weights already zero; edited in place. Parameters are float32 (or the compute dtype).
+        masked: pairs of a parameter of `block` and its bool mask in the parameter's own orientation, True = kept.
+        inputs: sequence of hidden states `(batch, tokens, hidden)`, one per calibration batch, on the sparse path.
+        targets: sequence of the outputs to reach, same shapes.
+        call: `call(block, i, rows)` runs the block on `inputs[i][rows]` with that batch's own arguments and returns
+            `(rows, tokens, hidden)`; `rows` is a slice of the batch's sequences, or None for all.
+        keep: `keep(i)` returns the bool `(batch, tokens)` that is True on real tokens, or None where all are real.
+        generator: CPU generator seeded for this block; the only randomness a tuner may use.
+        progress: called with a fraction 0..1 of the tuning done.
+    """
+
+    block: nn.Module
+    masked: list[tuple[nn.Parameter, Tensor]]
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    call: Callable[[nn.Module, int, slice | None], Tensor]
+    keep: Callable[[int], Tensor | None]
+    generator: torch.Generator
+    progress: Callable[[float], None] = field(default=lambda fraction: None)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning one block did: mean squared error of its output before and after, and how it got there.
+
+    Attributes:
+        before: reconstruction error of the masked block as it came.
+        after: reconstruction error of the block as it was left, never above `before`.
+        scale: mean square of the targets, what both are relative to.
+        epochs: epochs run.
+        seconds: wall time.
+        notes: what did not go as planned ("rate halved", "rolled back").
+    """
+
+    before: float
+    after: float
+    scale: float
+    epochs: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class BlockTuner(Protocol):
+    """One block in, the same block better, its masks kept. `dense_path` asks for targets of the dense model's own path."""
+
+    @property
+    def dense_path(self) -> bool: ...
+
+    def tune(self, task: BlockTask) -> Tuned: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a planner decided; any part may be empty.
+
+    Attributes:
+        patterns: `{linear name: Pattern}`.
+        masks: masks chosen outright.
+        keep: `{axis name: bool (count,)}`, the units that stay.
+    """
+
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    masks: Masks | None = None
+    keep: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """Whole model in, a plan out: which pattern for which linear, which masks, or which units to keep."""
+
+    def plan(self, model: nn.Module, batches: Iterable[Any], budget: float, generator: torch.Generator) -> Plan: ...

@@ -1,0 +1,33 @@
+"""The shelf: every method, its paper, what it can do. A new method adds one line here."""
+
+from __future__ import annotations
+
+from secateur.core.registry import Entry, Registry
+
+ANY = "unstructured, N:M"
+
+REGISTRY = Registry(
+    [
+        Entry(
+            "magnitude", "pruner", "secateur.methods.pruners.magnitude:Magnitude", "classical (Han et al., arXiv 1506.02626)",
+            ANY, (), "keep the largest weights",
+        ),
+        Entry(
+            "wanda", "pruner", "secateur.methods.pruners.wanda:Wanda", "Sun et al., ICLR 2024, arXiv 2306.11695",
+            ANY, ("diag",), "magnitude times input norm, no weight update",
+        ),
+        Entry(
+            "sparsegpt", "pruner", "secateur.methods.pruners.sparsegpt:SparseGPT",
+            "Frantar & Alistarh, ICML 2023, arXiv 2301.00774",
+            ANY, ("gram",), "one sweep over the columns, later columns make up for pruned ones",
+        ),
+        Entry(
+            "dsnot", "pruner", "secateur.methods.pruners.dsnot:DSnoT", "Zhang et al., ICLR 2024, arXiv 2310.08915",
+            ANY, ("diag", "mean", "gram"), "swap pruned and kept weights of any base pruner, row by row, without training",
+        ),
+        Entry(
+            "ebft", "block tuner", "secateur.methods.block_tuners.ebft:EBFT", "Guo et al., arXiv 2402.12419",
+            "any, masks are kept", (), "fine-tune each sparse block to give the dense block's output",
+        ),
+    ]
+)
