@@ -1,0 +1,121 @@
+"""The stream of blocks: the model stays where it is, one block at a time is copied to the device and written back."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.blocks import Blocks
+from secateur.models.experts import Unpacked, pack_experts_, unpack_experts_
+from secateur.models.linears import LinearView, find_linears
+
+MADV_DONTNEED = 4
+
+
+@dataclass
+class WorkingBlock:
+    """A copy of one block on the compute device, its experts unpacked to linears.
+
+    Attributes:
+        index: number of the block.
+        name: its module name in the model.
+        module: the copy, eval mode, compute dtype.
+        linears: its prunable linears, in the order of the forward where that is known.
+        unpacked: what `pack_experts_` needs.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: list[LinearView]
+    unpacked: list[Unpacked]
+
+
+def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the dtype that a block runs in: float32 on CPU, where half precision is many times slower, else its own."""
+    stored = next(model.parameters()).dtype
+    return torch.float32 if device.type == "cpu" and stored != torch.float64 else stored
+
+
+def borrow(blocks: Blocks, index: int, device: torch.device, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> WorkingBlock:
+    """Return a working copy of block `index`; the model is left as it is.
+
+    Args:
+        blocks: the model's blocks.
+        index: which one.
+        device: where the copy goes.
+        dtype: floating dtype of the copy.
+        ignore: linears to leave out, see `models.linears.match`.
+    """
+    name = blocks.names[index]
+    module = copy.deepcopy(blocks.modules[index]).to(device=device, dtype=dtype).eval()
+    unpacked = unpack_experts_(module)
+    return WorkingBlock(index, name, module, find_linears(module, name, index, ignore), unpacked)
+
+
+def changed_parameters(work: WorkingBlock, original: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters in which the packed working copy differs from `original`, on CPU, in the original's dtype.
+
+    Packs the experts of `work`, which therefore cannot run lanes any more.
+    """
+    pack_experts_(work.module, work.unpacked)
+    changed: dict[str, Tensor] = {}
+    new = dict(work.module.named_parameters())
+    for name, parameter in original.named_parameters():
+        value = new[name].detach().to(device="cpu", dtype=parameter.dtype)
+        if not torch.equal(value, parameter.detach().to("cpu")):
+            changed[name] = value.contiguous()
+    return changed
+
+
+def write_back_(original: nn.Module, weights: Mapping[str, Tensor], *, assign: bool) -> None:
+    """Put `weights` into the block `original`, in place.
+
+    Args:
+        original: a block of the model.
+        weights: `{parameter name: tensor}` in the parameter's own dtype.
+        assign: let the parameters *be* the given (memory-mapped) tensors instead of copying them.
+    """
+    parameters = dict(original.named_parameters())
+    for name, value in weights.items():
+        if assign:
+            parameters[name].data = value.to(parameters[name].device)
+        else:
+            with torch.no_grad():
+                parameters[name].copy_(value)
+
+
+def release_pages(module: nn.Module) -> None:
+    """Tell the system that the memory-mapped parameters of `module` need not stay resident; they are read again on use.
+
+    Only touches parameters that lie in private, file-backed mappings and only where nothing was written to them, which
+    the caller must know: a written page would fall back to the file's content. Does nothing outside Linux.
+    """
+    if sys.platform != "linux":
+        return
+    ranges = _file_backed_ranges()
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    for parameter in module.parameters():
+        start, size = parameter.data_ptr(), parameter.nbytes
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and any(low <= first and last <= high for low, high in ranges):
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+
+
+def _file_backed_ranges() -> list[tuple[int, int]]:
+    """Return the address ranges of this process that map files; anonymous memory, which holds the only copy, is not among them."""
+    ranges: list[tuple[int, int]] = []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123 - not a real file
+        for line in lines:
+            if " /" in line:
+                low, _, high = line.split(" ", 1)[0].partition("-")
+                ranges.append((int(low, 16), int(high, 16)))
+    return ranges

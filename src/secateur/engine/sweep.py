@@ -1,0 +1,623 @@
+"""The sweep: block after block is calibrated, pruned, tuned and left behind, in one traversal of the model.
+
+For each block: copy it to the device; run the dense path if anybody asks for it; run all batches on the sparse path in
+step, pruning each linear when its statistics are complete; tune the masked block; compute what enters the next block;
+write the block back, and to the journal if there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Tuned
+from secateur.core.errors import InputError, NumericError, SecateurError, TimeLimitReached
+from secateur.core.faults import hit
+from secateur.core.linalg import corrected_target
+from secateur.core.mask import Masks
+from secateur.core.pattern import Pattern
+from secateur.core.problem import LayerProblem
+from secateur.core.progress import Progress, Silent, step
+from secateur.core.solve import solve
+from secateur.engine.activations import Activations, Offload
+from secateur.engine.journal import Journal, generator_for
+from secateur.engine.lanes import in_step
+from secateur.engine.statistics import LayerStats
+from secateur.engine.stream import (
+    WorkingBlock,
+    borrow,
+    changed_parameters,
+    compute_dtype,
+    release_pages,
+    write_back_,
+)
+from secateur.models.blocks import BlockCall, Blocks, capture, find_blocks, run_block
+from secateur.models.linears import LinearView
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned linear: relative losses are fractions of the loss of the all-zero weight."""
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    sparsity: float
+    pattern: str
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: its linears, and what tuning did to its output error (mean squared; None without a tuner)."""
+
+    index: int
+    layers: tuple[LayerReport, ...]
+    tuned: Tuned | None
+    seconds: float
+
+
+@dataclass
+class SweepReport:
+    """What a sweep did; `masks` are those of all linears that it pruned or kept sparse."""
+
+    blocks: list[BlockReport] = field(default_factory=list)
+    masks: Masks = field(default_factory=Masks)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How to go through a model.
+
+    Attributes:
+        patterns: `{linear name: Pattern}`; linears without one are left dense.
+        pruner: None keeps the zeros that are there (tuning only).
+        tuner: tunes each block after its linears are pruned.
+        sequential: a linear sees inputs from the already pruned linears before it in its block; False takes the
+            statistics of the dense block, as the published code does.
+        error_correction: aim at the dense path's outputs (needs the cross Gram and one more dense pass).
+        refit: exact refit of every linear on its final mask.
+        guard: never leave a layer worse than its mask alone.
+        freeze_zeros: zeros of the given model stay zero and count in the budget.
+        seed: decides all randomness.
+        device: where blocks are computed.
+        offload: where hidden states wait.
+        batch_tokens: tokens of one calibration batch.
+        mapped: parameters are file-backed and unwritten, so their pages may be given back (`stream.release_pages`).
+        deadline: `time.monotonic()` after which the sweep stops at a block boundary.
+    """
+
+    patterns: Mapping[str, Pattern]
+    pruner: Pruner | None = None
+    tuner: BlockTuner | None = None
+    sequential: bool = True
+    error_correction: bool = False
+    refit: bool = False
+    guard: bool = True
+    freeze_zeros: bool = False
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    offload: Offload = "ram"
+    batch_tokens: int = 8192
+    mapped: bool = False
+    deadline: float | None = None
+
+    def run(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        keep: Tensor | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+    ) -> SweepReport:
+        """Prune and tune `model` in place.
+
+        Args:
+            model: a causal language model, on any device.
+            ids: int64 `(samples, length)`, calibration tokens.
+            keep: bool `(samples, length)`, False on padding; None where all tokens are real.
+            teacher: the dense model where `model` is sparse already; None takes the blocks of `model` as they come.
+            journal: where finished blocks are stored and found again.
+            progress: told about every block.
+
+        Raises:
+            SecateurError: any of its kinds; with a journal, finished blocks are safe.
+        """
+        return _Run(self, model, ids, keep, teacher, journal, progress or Silent()).run()
+
+
+class _Run:
+    """One sweep under way."""
+
+    def __init__(
+        self,
+        settings: Sweep,
+        model: nn.Module,
+        ids: Tensor,
+        keep: Tensor | None,
+        teacher: nn.Module | None,
+        journal: Journal | None,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.blocks = find_blocks(model)
+        self.teacher = find_blocks(teacher) if teacher is not None else None
+        if self.teacher is not None and self.teacher.names != self.blocks.names:
+            raise InputError("the teacher does not have the blocks of the model that is tuned")
+        self.journal = journal
+        self.progress = progress
+        self.dtype = compute_dtype(model, settings.device)
+        self.dense_path = settings.error_correction or (settings.tuner is not None and settings.tuner.dense_path)
+        sequences = max(1, settings.batch_tokens // ids.shape[1])
+        self.ids = list(ids.split(sequences))
+        self.keeps: list[Tensor | None] = [None] * len(self.ids)
+        if keep is not None and not bool(keep.all()):
+            self.keeps = list(keep.split(sequences))
+        self.calls: list[list[BlockCall]] = []
+        self.sparse = Activations(len(self.ids), settings.offload)
+        self.dense = Activations(len(self.ids), settings.offload)
+        self.report = SweepReport()
+
+    @torch.no_grad()
+    def run(self) -> SweepReport:
+        count = len(self.blocks.names)
+        with step(self.progress, "reading the calibration text", len(self.ids)) as number:
+            for batch, ids in enumerate(self.ids):
+                hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch])
+                self.calls.append([call.to("cpu", self.dtype) for call in calls])
+                self.sparse[batch] = hidden.to(self.dtype)
+                self.dense[batch] = self.sparse[batch] if self.settings.offload == "disk" else hidden.to(self.dtype)
+                self.progress.advance(number, 1)
+        with step(self.progress, self.title(), count) as number:
+            start = self.catch_up()
+            self.progress.advance(number, start)
+            for index in range(start, count):
+                if self.settings.deadline is not None and time.monotonic() > self.settings.deadline and index > start:
+                    raise TimeLimitReached(f"the time limit was reached after {index} of {count} blocks", hint="go on with --resume")
+                hit("sweep.block")
+                try:
+                    self.block(index, lambda part: self.progress.advance(number, part), last=index == count - 1)
+                except SecateurError as error:
+                    error.add_note(f"in block {index} (`{self.blocks.names[index]}`)")
+                    raise
+        return self.report
+
+    def title(self) -> str:
+        doing = [word for word, active in (("pruning", self.settings.pruner), ("tuning", self.settings.tuner)) if active]
+        return " and ".join(doing) or "walking"
+
+    def catch_up(self) -> int:
+        """Take over the journal's finished blocks, and the hidden states that leave them; return their number."""
+        if self.journal is None or not self.journal.finished:
+            return 0
+        self.report.warnings += self.journal.warnings
+        stored = {path: self.journal.hidden(path, len(self.ids)) for path in self.paths()}
+        whole = all(states is not None for states in stored.values())
+        for index in range(self.journal.finished):
+            if self.dense_path and not whole:
+                self.forward(self.dense_work(index), self.dense, self.dense)
+            finished = self.journal.read(index)
+            write_back_(self.blocks.modules[index], finished.weights, assign=True)
+            self.account(_report_from(finished.report), finished.masks)
+            if not whole:
+                self.forward(borrow(self.blocks, index, self.settings.device, self.dtype), self.sparse, self.sparse)
+                self.release(index)
+        if whole:
+            for path, store in self.paths().items():
+                for batch, states in enumerate(stored[path] or []):
+                    store[batch] = states
+        return self.journal.finished
+
+    def paths(self) -> dict[str, Activations]:
+        return {"sparse": self.sparse, "dense": self.dense} if self.dense_path else {"sparse": self.sparse}
+
+    def block(self, index: int, advance: Callable[[float], None], last: bool) -> None:
+        """Do one block, from the copy to the journal."""
+        started = time.perf_counter()
+        tuner = self.settings.tuner
+        work = borrow(self.blocks, index, self.settings.device, self.dtype)
+        dense = self.dense_work(index) if self.teacher is not None or self.settings.error_correction else None
+        targets: Activations | None = None
+        if tuner is not None:
+            targets = self.sparse.like()
+            if tuner.dense_path and not self.settings.error_correction:
+                self.forward(dense or work, self.dense, targets)
+            elif not tuner.dense_path:
+                self.forward(dense or work, self.sparse, targets)
+        share = 1.0 if tuner is None else 0.25
+        outputs = self.sparse.like()
+        layers, masks = self.prune(work, dense, outputs, lambda part: advance(part * share))
+        if self.settings.error_correction and tuner is not None and tuner.dense_path:
+            targets = self.dense
+        elif targets is not None and tuner is not None and tuner.dense_path:
+            self.dense = targets
+        tuned = None
+        if tuner is not None and targets is not None:
+            told = [0.0]
+
+            def tell(fraction: float) -> None:
+                advance((fraction - told[0]) * (1 - share))
+                told[0] = fraction
+
+            if masks:
+                tuned = self.tune(tuner, work, masks, targets, tell)
+            tell(1.0)
+        self.round_(work, masks)
+        rerun = tuner is not None or not self.outputs_are_final()
+        if not last and rerun:
+            self.forward(work, self.sparse, self.sparse)
+        elif not last:
+            self.sparse = outputs
+        self.finish(work, BlockReport(index, tuple(layers), tuned, time.perf_counter() - started), masks)
+
+    def outputs_are_final(self) -> bool:
+        """Whether the pruning pass itself computed the pruned block's outputs."""
+        return self.settings.pruner is not None and self.settings.sequential
+
+    def prune(
+        self, work: WorkingBlock, dense: WorkingBlock | None, outputs: Activations, advance: Callable[[float], None]
+    ) -> tuple[list[LayerReport], Masks]:
+        """Prune the linears of `work` that have a pattern; fill `outputs` where the pass computes them."""
+        pruner = self.settings.pruner
+        chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
+        reports: list[LayerReport] = []
+        masks = Masks()
+        if pruner is None:
+            for linear in chosen:
+                masks[linear.name] = linear.read() != 0
+                reports.append(_kept(linear, masks[linear.name], str(self.settings.patterns[linear.name])))
+            advance(1.0)
+            return reports, masks
+
+        def solved(linear: LinearView, group: _Group) -> None:
+            report, mask = self.solve(linear, group, pruner)
+            reports.append(report)
+            masks[linear.name] = mask
+            advance(1 / len(chosen))
+
+        if not chosen:
+            if self.outputs_are_final():
+                self.forward(work, self.sparse, outputs)
+            advance(1.0)
+        elif self.settings.sequential:
+            self.prune_in_step(work, dense, chosen, outputs, solved)
+        else:
+            self.prune_plainly(work, dense, chosen, solved)
+        return reports, masks
+
+    def prune_in_step(
+        self,
+        work: WorkingBlock,
+        dense: WorkingBlock | None,
+        chosen: Sequence[LinearView],
+        outputs: Activations,
+        solved: Callable[[LinearView, _Group], None],
+    ) -> None:
+        """Prune each linear when all batches wait before it; see `engine/lanes.py`."""
+        groups = _Groups(self, len(self.ids))
+        forwards = [self.lane(work, self.sparse, batch) for batch in range(len(self.ids))]
+        stop = len(chosen) if self.settings.tuner is not None else None
+        if self.settings.error_correction and dense is not None:
+            self.prune_beside(work, dense, chosen, outputs, solved)
+            return
+
+        def leave(batch: int, output: Tensor) -> None:
+            outputs[batch] = output
+
+        in_step(
+            chosen,
+            forwards,
+            arrive=lambda batch, linear, given: groups.arrive(batch, linear, given, None),
+            decide=lambda linear: solved(linear, groups.current),
+            leave=leave,
+            stop_after=stop,
+        )
+
+    def prune_beside(
+        self,
+        work: WorkingBlock,
+        dense: WorkingBlock,
+        chosen: Sequence[LinearView],
+        outputs: Activations,
+        solved: Callable[[LinearView, _Group], None],
+    ) -> None:
+        """As `prune_in_step`, with every batch's dense path running in step beside its sparse path.
+
+        Lanes 2 b and 2 b + 1 are the dense and the sparse path of batch b, so each sparse arrival finds its dense twin.
+        """
+        if work.unpacked:
+            raise InputError(
+                f"error correction compares the two paths token by token, but the experts of `{work.name}` see different tokens",
+                hint="leave out `error_correction`",
+            )
+        groups = _Groups(self, len(self.ids))
+        twins: dict[int, Tensor] = {}
+        pairs = {linear.name: linear for linear in chosen}
+        forwards: list[Callable[[], Tensor]] = []
+        for batch in range(len(self.ids)):
+            forwards += [self.lane(dense, self.dense, batch), self.lane(work, self.sparse, batch)]
+        dense_chosen = [linear for linear in dense.linears if linear.name in pairs]
+
+        def arrive(lane: int, linear: LinearView, given: Tensor) -> None:
+            batch, sparse = divmod(lane, 2)
+            if sparse:
+                groups.arrive(batch, linear, given, twins.pop(batch))
+            else:
+                twins[batch] = given
+
+        def leave(lane: int, output: Tensor) -> None:
+            batch, sparse = divmod(lane, 2)
+            (outputs if sparse else self.dense)[batch] = output
+
+        in_step(
+            chosen,
+            forwards,
+            arrive=arrive,
+            decide=lambda linear: solved(linear, groups.current),
+            leave=leave,
+            also=dense_chosen,
+        )
+
+    def prune_plainly(
+        self,
+        work: WorkingBlock,
+        dense: WorkingBlock | None,
+        chosen: Sequence[LinearView],
+        solved: Callable[[LinearView, _Group], None],
+    ) -> None:
+        """Collect the statistics of all linears with the block's weights as they are, then prune them all."""
+        groups = _Groups(self, len(self.ids))
+        by_linear: dict[str, _Group] = {}
+
+        def arrive(batch: int, linear: LinearView, given: Tensor) -> None:
+            by_linear[linear.name] = groups.arrive(batch, linear, given, None, forget=False)
+
+        if self.settings.error_correction:
+            raise InputError("error correction needs `sequential: true`")
+        for batch in range(len(self.ids)):
+            # one batch at a time: nothing is decided before all of them have passed
+            in_step(
+                chosen,
+                [self.lane(work, self.sparse, batch)],
+                arrive=lambda _, linear, given, batch=batch: arrive(batch, linear, given),  # type: ignore[misc]
+                decide=lambda linear: None,
+                leave=lambda lane, output: None,
+                stop_after=len(chosen),
+            )
+        for linear in chosen:
+            solved(linear, by_linear[linear.name])
+
+    def solve(self, linear: LinearView, group: _Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
+        """Prune one linear of the working copy, in its storage dtype's precision."""
+        hit("sweep.solve")
+        pattern = self.settings.patterns[linear.name]
+        dense = linear.read().float()
+        if not bool(torch.isfinite(dense).all()):
+            bad = int((~torch.isfinite(dense)).sum())
+            raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
+        target = dense
+        notes: tuple[str, ...] = ()
+        statistics = group.statistics()
+        if group.stats.count == 0:
+            notes = ("no calibration token reached it, so all inputs counted alike",)
+        elif self.settings.error_correction:
+            target = corrected_target(dense, statistics["cross"], statistics["gram"])
+        problem = LayerProblem(
+            weight=target,
+            pattern=pattern,
+            gram=statistics.get("gram"),
+            diag=statistics.get("diag"),
+            mean=statistics.get("mean"),
+            frozen=(dense == 0) if self.settings.freeze_zeros else None,
+            dense=dense if target is not dense else None,
+            shared=group.shared,
+        )
+        result = solve(pruner, problem, refit=self.settings.refit, guard=self.settings.guard, name=linear.name)
+        linear.write(result.pruned.weight.to(self.stored_dtype(linear)).to(self.dtype))
+        mask = result.pruned.mask
+        report = LayerReport(
+            linear.name,
+            linear.block,
+            (dense.shape[0], dense.shape[1]),
+            1 - int(mask.sum()) / mask.numel(),
+            str(pattern),
+            result.loss_before,
+            result.loss_after,
+            result.seconds,
+            notes + result.notes,
+        )
+        return report, mask
+
+    def tune(
+        self, tuner: BlockTuner, work: WorkingBlock, masks: Masks, targets: Activations, tell: Callable[[float], None]
+    ) -> Tuned:
+        """Tune the working copy, gradients on."""
+        device, calls, inputs = self.settings.device, self.calls, self.sparse
+
+        def call(block: nn.Module, batch: int, rows: slice | None) -> Tensor:
+            hidden = inputs[batch]
+            arguments = calls[batch][work.index].rows(rows, hidden.shape[0]).to(device, self.dtype)
+            chosen = hidden if rows is None else hidden[rows]
+            return run_block(block, chosen.to(device, non_blocking=True), arguments)
+
+        masked = []
+        for linear in work.linears:
+            if linear.name in masks:
+                mask = linear.parameter_mask(masks[linear.name].to(device))
+                masked.append((linear.parameter, mask))
+        task = BlockTask(
+            block=work.module,
+            masked=masked,
+            inputs=inputs,
+            targets=targets,
+            call=call,
+            keep=lambda batch: self.keeps[batch],
+            generator=generator_for(self.settings.seed, work.index, "tune"),
+            progress=tell,
+        )
+        with torch.enable_grad():
+            return tuner.tune(task)
+
+    def finish(self, work: WorkingBlock, report: BlockReport, masks: Masks) -> None:
+        """Write a finished block back, store it, and count it."""
+        original = self.blocks.modules[work.index]
+        weights = changed_parameters(work, original)
+        if self.journal is not None:
+            finished = self.journal.add(weights, masks, _json_report(report), self.paths())
+            write_back_(original, finished.weights, assign=True)
+        else:
+            write_back_(original, weights, assign=False)
+        self.release(work.index)
+        self.account(report, masks)
+
+    def release(self, index: int) -> None:
+        if self.settings.mapped:
+            release_pages(self.blocks.modules[index])
+            if self.teacher is not None:
+                release_pages(self.teacher.modules[index])
+
+    def account(self, report: BlockReport, masks: Masks) -> None:
+        self.report.blocks.append(report)
+        for name, mask in masks.items():
+            self.report.masks[name] = mask
+
+    def round_(self, work: WorkingBlock, masks: Masks) -> None:
+        """Bring the working copy to the precision it will be stored in, its zeros to true zeros."""
+        original = dict(self.blocks.modules[work.index].named_parameters())
+        stored = next(iter(original.values())).dtype
+        if stored != self.dtype:
+            for parameter in work.module.parameters():
+                parameter.data = parameter.data.to(stored).to(self.dtype)
+        for linear in work.linears:
+            if linear.name in masks:
+                linear.write(linear.read().masked_fill(~masks[linear.name].to(linear.read().device), 0.0))
+
+    def stored_dtype(self, linear: LinearView) -> torch.dtype:
+        return next(self.blocks.modules[linear.block].parameters()).dtype
+
+    def dense_work(self, index: int) -> WorkingBlock:
+        """Return a copy of the dense block: the teacher's, or the model's own before it is pruned."""
+        return borrow(self.teacher or self.blocks, index, self.settings.device, self.dtype)
+
+    def lane(self, work: WorkingBlock, inputs: Activations, batch: int) -> Callable[[], Tensor]:
+        """Return the forward of `batch` through `work`, to be run later."""
+
+        def forward() -> Tensor:
+            hidden = inputs[batch].to(self.settings.device)
+            output = run_block(work.module, hidden, self.calls[batch][work.index].to(self.settings.device, self.dtype))
+            if not bool(torch.isfinite(output).all()):
+                raise NumericError(f"the outputs of block {work.index} hold NaN or infinity", where=f"batch {batch}")
+            return output
+
+        return forward
+
+    def forward(self, work: WorkingBlock, inputs: Activations, outputs: Activations) -> None:
+        """Run all batches through `work`; `outputs` may be `inputs`."""
+        for batch in range(len(self.ids)):
+            outputs[batch] = self.lane(work, inputs, batch)()
+
+    def wanted(self) -> set[str]:
+        """Return the statistics that this sweep collects."""
+        pruner = self.settings.pruner
+        wanted = set(pruner.needs) if pruner is not None else set()
+        if self.settings.refit or self.settings.error_correction:
+            wanted.add("gram")
+        if self.settings.error_correction:
+            wanted.add("cross")
+        return wanted
+
+
+class _Group:
+    """The statistics that linears with one input share."""
+
+    def __init__(self, in_features: int, wanted: set[str], device: torch.device) -> None:
+        self.stats = LayerStats(in_features, wanted, device)
+        self.shared: dict[object, object] = {}
+        self._means: dict[str, Tensor] | None = None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the means over tokens that were asked for; without any token, those of white inputs."""
+        if self._means is None:
+            found = {name: getattr(self.stats, name) for name in ("gram", "diag", "mean", "cross")}
+            self._means = {name: value for name, value in found.items() if value is not None}
+            if self.stats.count == 0:
+                for name, value in self._means.items():
+                    value.zero_() if name == "mean" else value.diagonal().fill_(1.0) if value.dim() == 2 else value.fill_(1.0)
+        return self._means
+
+
+class _Groups:
+    """Finds out which linears share their input, by the identity of the tensor they are given."""
+
+    def __init__(self, run: _Run, batches: int) -> None:
+        self.run = run
+        self.last: list[Tensor | None] = [None] * batches
+        self.current = _Group(0, set(), run.settings.device)
+        self.known: dict[str, _Group] = {}
+        self.owner: list[_Group | None] = [None] * batches
+
+    def arrive(
+        self, batch: int, linear: LinearView, given: Tensor, dense: Tensor | None, forget: bool = True
+    ) -> _Group:
+        """Count the inputs of `linear` in `batch`, once for all linears that share them; return their group."""
+        same = self.last[batch] is given
+        self.last[batch] = given
+        group = self.owner[batch] if same else self.known.get(linear.name)
+        if group is None:
+            # the first batch to arrive with a new input opens its group; the others join under the linear's name
+            if forget:
+                self.known.clear()
+            group = _Group(linear.in_features, self.run.wanted(), self.run.settings.device)
+        self.known[linear.name] = group
+        if not same:
+            self.check(batch, linear, given)
+            keep = self.run.keeps[batch]
+            group.stats.update(given, dense, None if keep is None else keep.to(given.device))
+        self.owner[batch] = group
+        self.current = group
+        return group
+
+    def check(self, batch: int, linear: LinearView, given: Tensor) -> None:
+        """Refuse inputs that no statistic could be made of."""
+        if not bool(torch.isfinite(given).all()):
+            raise NumericError(f"the inputs of `{linear.name}` hold NaN or infinity", where=f"batch {batch}")
+        keep = self.run.keeps[batch]
+        if keep is not None and given.numel() != keep.numel() * given.shape[-1]:
+            raise InputError(
+                f"`{linear.name}` sees some of the tokens only, so padding cannot be told apart in its inputs",
+                hint="calibrate mixtures of experts with samples of one length",
+            )
+
+
+def _kept(linear: LinearView, mask: Tensor, pattern: str) -> LayerReport:
+    """Return the report line of a linear whose zeros were taken as they are."""
+    shape = (mask.shape[0], mask.shape[1])
+    return LayerReport(linear.name, linear.block, shape, 1 - int(mask.sum()) / mask.numel(), pattern, None, None, 0.0)
+
+
+def _json_report(report: BlockReport) -> dict[str, object]:
+    return asdict(report)
+
+
+def _report_from(stored: Mapping[str, object]) -> BlockReport:
+    """Return the report that `_json_report` stored."""
+    values = dict(stored)
+    layers = tuple(
+        LayerReport(**{**layer, "shape": tuple(layer["shape"]), "notes": tuple(layer["notes"])})
+        for layer in values["layers"]  # type: ignore[attr-defined]
+    )
+    tuned = values["tuned"]
+    if isinstance(tuned, dict):
+        tuned = Tuned(**{**tuned, "notes": tuple(tuned["notes"])})
+    return BlockReport(values["index"], layers, tuned, values["seconds"])  # type: ignore[arg-type]

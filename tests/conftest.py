@@ -1,0 +1,67 @@
+"""Tiny models and shared settings of the tests: CPU, float32, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ASSETS = Path(__file__).parent / "assets"
+TINY_TRAINED = ASSETS / "tiny-llama"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Keep results independent of the number of cores."""
+    torch.set_num_threads(1)
+
+
+def random_llama(layers: int = 2, hidden: int = 32, vocabulary: int = 64, seed: int = 0, **settings):
+    """Return a small random LLaMA (grouped queries, untied head) in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=128,
+        tie_word_embeddings=settings.pop("tie_word_embeddings", False),
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def random_ids(samples: int = 4, length: int = 24, vocabulary: int = 64, seed: int = 0) -> torch.Tensor:
+    """Return int64 `(samples, length)` token ids."""
+    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tiny_llama():
+    """A fresh random LLaMA with two blocks."""
+    return random_llama()
+
+
+@pytest.fixture
+def ids():
+    """Token ids for `tiny_llama`: 4 samples of 24 tokens."""
+    return random_ids()
+
+
+@pytest.fixture(scope="session")
+def trained_folder() -> Path:
+    """The folder of the tiny trained model."""
+    return TINY_TRAINED
