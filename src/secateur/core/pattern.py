@@ -2,6 +2,7 @@
 
 A pattern never looks at weights, only at scores; the same pattern object serves every pruner. `NM(2, 4)` keeps 2 of
 every 4 consecutive inputs; `Unstructured(0.7)` removes exactly `floor(0.7 * size)` entries of each row, layer or model.
+Patterns are read and checked without torch, so that a wrong recipe fails at once; only masks import it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from secateur.core.errors import NumericError, PatternError
-from secateur.core.select import top_of_groups, top_of_matrix, top_of_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scope = Literal["row", "layer", "model"]
 SCOPES: tuple[Scope, ...] = ("row", "layer", "model")
@@ -70,6 +70,8 @@ class NM:
 
         `scope` is accepted so that every pattern is called alike; it does not change an N:M mask.
         """
+        from secateur.core.select import top_of_groups
+
         _refuse_nan(score)
         self.fit(*score.shape)
         return top_of_groups(score, self.n, self.m)
@@ -126,6 +128,8 @@ class Unstructured:
             score: `(rows, columns)`, no NaN.
             scope: the pruner's own scope, used where the pattern names none.
         """
+        from secateur.core.select import top_of_matrix, top_of_rows
+
         _refuse_nan(score)
         rows, columns = score.shape
         if self.counted_over(scope) == "row":
@@ -191,5 +195,5 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
 
 
 def _refuse_nan(score: Tensor) -> None:
-    if torch.isnan(score).any():
+    if bool(score.isnan().any()):
         raise NumericError("a score is NaN, which would be kept as the largest", hint="look for NaN in the weights or the calibration")
