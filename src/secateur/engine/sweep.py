@@ -177,7 +177,8 @@ class _Run:
                 hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch])
                 self.calls.append([call.to("cpu", self.dtype) for call in calls])
                 self.sparse[batch] = hidden.to(self.dtype)
-                self.dense[batch] = self.sparse[batch] if self.settings.offload == "disk" else hidden.to(self.dtype)
+                if self.dense_path:
+                    self.dense[batch] = hidden.to(self.dtype)
                 self.progress.advance(number, 1)
         with step(self.progress, self.title(), count) as number:
             start = self.catch_up()
@@ -473,6 +474,7 @@ class _Run:
         """Write a finished block back, store it, and count it."""
         original = self.blocks.modules[work.index]
         weights = changed_parameters(work, original)
+        self.release(work.index)  # the old weights' pages, before other tensors take their place
         if self.journal is not None:
             finished = self.journal.add(weights, masks, _json_report(report), self.paths())
             write_back_(original, finished.weights, assign=True)
