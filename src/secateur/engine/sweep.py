@@ -8,14 +8,21 @@ write the block back, and to the journal if there is one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Tuned
-from secateur.core.errors import InputError, NumericError, SecateurError, TimeLimitReached
+from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Scoring, Tuned
+from secateur.core.errors import (
+    InputError,
+    NumericError,
+    PatternError,
+    RecipeError,
+    SecateurError,
+    TimeLimitReached,
+)
 from secateur.core.faults import hit
 from secateur.core.linalg import corrected_target
 from secateur.core.mask import Masks
@@ -36,7 +43,7 @@ from secateur.engine.stream import (
     write_back_,
 )
 from secateur.models.blocks import BlockCall, Blocks, capture, find_blocks, run_block
-from secateur.models.linears import LinearView
+from secateur.models.linears import LinearView, find_all_linears
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,34 @@ class Sweep:
         """
         return _Run(self, model, ids, keep, teacher, journal, progress or Silent()).run()
 
+    def scores(
+        self, model: nn.Module, ids: Tensor, keep: Tensor | None = None, *, progress: Progress | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(linear name, score (out_features, in_features))` of every linear in `patterns`, on dense inputs.
+
+        What budgets over the whole model are divided by; nothing is changed.
+
+        Args:
+            model: a causal language model.
+            ids: int64 `(samples, length)`; not looked at by a pruner that needs no statistics.
+            keep: bool `(samples, length)`, False on padding.
+            progress: told about every block.
+
+        Raises:
+            PatternError: if the pruner cannot score without pruning.
+        """
+        if not isinstance(self.pruner, Scoring):
+            raise PatternError(
+                f"`{type(self.pruner).__name__}` ranks no weights by themselves, which a budget over the whole model needs",
+                hint="use a budget per layer or row, or another method",
+            )
+        if not self.pruner.needs:
+            for linear in find_all_linears(model):
+                if linear.name in self.patterns:
+                    yield linear.name, self.pruner.score(LayerProblem(linear.read().float(), self.patterns[linear.name]))
+            return
+        yield from _Run(self, model, ids, keep, None, None, progress or Silent()).scores(self.pruner)
+
 
 class _Run:
     """One sweep under way."""
@@ -150,6 +185,8 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.settings = settings
+        if settings.error_correction and not settings.sequential:
+            raise RecipeError("`error_correction: true` needs `sequential: true`, where both paths run in step")
         self.model = model
         self.blocks = find_blocks(model)
         self.teacher = find_blocks(teacher) if teacher is not None else None
@@ -170,9 +207,9 @@ class _Run:
         self.report = SweepReport()
 
     @torch.no_grad()
-    def run(self) -> SweepReport:
-        count = len(self.blocks.names)
-        with step(self.progress, "reading the calibration text", len(self.ids)) as number:
+    def embed(self) -> None:
+        """Fill the stores with what enters block 0, and remember what else the blocks are called with."""
+        with step(self.progress, "embedding the calibration text", len(self.ids)) as number:
             for batch, ids in enumerate(self.ids):
                 hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch])
                 self.calls.append([call.to("cpu", self.dtype) for call in calls])
@@ -180,6 +217,12 @@ class _Run:
                 if self.dense_path:
                     self.dense[batch] = hidden.to(self.dtype)
                 self.progress.advance(number, 1)
+
+    @torch.no_grad()
+    def run(self) -> SweepReport:
+        """Go through all blocks."""
+        count = len(self.blocks.names)
+        self.embed()
         with step(self.progress, self.title(), count) as number:
             start = self.catch_up()
             self.progress.advance(number, start)
@@ -193,6 +236,20 @@ class _Run:
                     error.add_note(f"in block {index} (`{self.blocks.names[index]}`)")
                     raise
         return self.report
+
+    def scores(self, pruner: Scoring) -> Iterator[tuple[str, Tensor]]:
+        """Yield the scores of all linears in the dense model, block by block."""
+        self.embed()
+        with step(self.progress, "scoring", len(self.blocks.names)) as number:
+            for index in range(len(self.blocks.names)):
+                with torch.no_grad():
+                    work = borrow(self.blocks, index, self.settings.device, self.dtype)
+                    chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
+                    for linear, group in self.observe(work, chosen):
+                        yield linear.name, pruner.score(self.problem(linear, group))
+                    self.forward(work, self.sparse, self.sparse)
+                self.release(index)
+                self.progress.advance(number, 1)
 
     def title(self) -> str:
         doing = [word for word, active in (("pruning", self.settings.pruner), ("tuning", self.settings.tuner)) if active]
@@ -294,7 +351,8 @@ class _Run:
         elif self.settings.sequential:
             self.prune_in_step(work, dense, chosen, outputs, solved)
         else:
-            self.prune_plainly(work, dense, chosen, solved)
+            for linear, group in self.observe(work, chosen):
+                solved(linear, group)
         return reports, masks
 
     def prune_in_step(
@@ -370,60 +428,32 @@ class _Run:
             also=dense_chosen,
         )
 
-    def prune_plainly(
-        self,
-        work: WorkingBlock,
-        dense: WorkingBlock | None,
-        chosen: Sequence[LinearView],
-        solved: Callable[[LinearView, _Group], None],
-    ) -> None:
-        """Collect the statistics of all linears with the block's weights as they are, then prune them all."""
+    def observe(self, work: WorkingBlock, chosen: Sequence[LinearView]) -> list[tuple[LinearView, _Group]]:
+        """Return the statistics of all `chosen` linears with the block's weights as they are, as published code takes them."""
         groups = _Groups(self, len(self.ids))
         by_linear: dict[str, _Group] = {}
-
-        def arrive(batch: int, linear: LinearView, given: Tensor) -> None:
-            by_linear[linear.name] = groups.arrive(batch, linear, given, None, forget=False)
-
-        if self.settings.error_correction:
-            raise InputError("error correction needs `sequential: true`")
         for batch in range(len(self.ids)):
+
+            def arrive(_: int, linear: LinearView, given: Tensor, batch: int = batch) -> None:
+                by_linear[linear.name] = groups.arrive(batch, linear, given, None, forget=False)
+
             # one batch at a time: nothing is decided before all of them have passed
             in_step(
                 chosen,
                 [self.lane(work, self.sparse, batch)],
-                arrive=lambda _, linear, given, batch=batch: arrive(batch, linear, given),  # type: ignore[misc]
+                arrive=arrive,
                 decide=lambda linear: None,
                 leave=lambda lane, output: None,
                 stop_after=len(chosen),
             )
-        for linear in chosen:
-            solved(linear, by_linear[linear.name])
+        return [(linear, by_linear[linear.name]) for linear in chosen]
 
     def solve(self, linear: LinearView, group: _Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
         """Prune one linear of the working copy, in its storage dtype's precision."""
         hit("sweep.solve")
-        pattern = self.settings.patterns[linear.name]
-        dense = linear.read().float()
-        if not bool(torch.isfinite(dense).all()):
-            bad = int((~torch.isfinite(dense)).sum())
-            raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
-        target = dense
-        notes: tuple[str, ...] = ()
-        statistics = group.statistics()
-        if group.stats.count == 0:
-            notes = ("no calibration token reached it, so all inputs counted alike",)
-        elif self.settings.error_correction:
-            target = corrected_target(dense, statistics["cross"], statistics["gram"])
-        problem = LayerProblem(
-            weight=target,
-            pattern=pattern,
-            gram=statistics.get("gram"),
-            diag=statistics.get("diag"),
-            mean=statistics.get("mean"),
-            frozen=(dense == 0) if self.settings.freeze_zeros else None,
-            dense=dense if target is not dense else None,
-            shared=group.shared,
-        )
+        problem = self.problem(linear, group)
+        dense = problem.weight if problem.dense is None else problem.dense
+        notes = () if group.stats.count else ("no calibration token reached it, so all inputs counted alike",)
         result = solve(pruner, problem, refit=self.settings.refit, guard=self.settings.guard, name=linear.name)
         linear.write(result.pruned.weight.to(self.stored_dtype(linear)).to(self.dtype))
         mask = result.pruned.mask
@@ -432,13 +462,34 @@ class _Run:
             linear.block,
             (dense.shape[0], dense.shape[1]),
             1 - int(mask.sum()) / mask.numel(),
-            str(pattern),
+            str(problem.pattern),
             result.loss_before,
             result.loss_after,
             result.seconds,
             notes + result.notes,
         )
         return report, mask
+
+    def problem(self, linear: LinearView, group: _Group) -> LayerProblem:
+        """Return the layer problem of `linear` with the statistics of its inputs."""
+        dense = linear.read().float()
+        if not bool(torch.isfinite(dense).all()):
+            bad = int((~torch.isfinite(dense)).sum())
+            raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
+        statistics = group.statistics()
+        target = dense
+        if self.settings.error_correction and group.stats.count:
+            target = corrected_target(dense, statistics["cross"], statistics["gram"])
+        return LayerProblem(
+            weight=target,
+            pattern=self.settings.patterns[linear.name],
+            gram=statistics.get("gram"),
+            diag=statistics.get("diag"),
+            mean=statistics.get("mean"),
+            frozen=(dense == 0) if self.settings.freeze_zeros else None,
+            dense=dense if target is not dense else None,
+            shared=group.shared,
+        )
 
     def tune(
         self, tuner: BlockTuner, work: WorkingBlock, masks: Masks, targets: Activations, tell: Callable[[float], None]
