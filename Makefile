@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both set up `.venv` by themselves.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep "^torch==" constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
@@ -13,8 +13,9 @@ venv: $(STAMP)
 # torch comes first and alone: an unpinned torch asked for by another package would fetch gigabytes of CUDA libraries
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	{ grep -v "^torch==" constraints.txt; echo "$(TORCH)"; } > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
 
 demo: venv
