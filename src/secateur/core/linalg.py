@@ -135,7 +135,13 @@ def _refit_rows(linear: Tensor, gram: Tensor, mask: Tensor, width: int) -> Tenso
 
 
 def refit_iterative(
-    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor, damping: float = 1e-4, iterations: int = 50, tolerance: float = 1e-6
+    target: Tensor,
+    gram: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    damping: float = 1e-4,
+    iterations: int = 50,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     """Return the masked refit of `refit` by diagonally preconditioned conjugate gradients, all rows at once.
 

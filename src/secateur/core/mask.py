@@ -43,7 +43,9 @@ class Masks(Mapping[str, Tensor]):
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.dim() != 2:
-            raise InputError(f"the mask of `{name}` must be a bool matrix, got {mask.dtype} with shape {tuple(mask.shape)}")
+            raise InputError(
+                f"the mask of `{name}` must be a bool matrix, got {mask.dtype} with shape {tuple(mask.shape)}"
+            )
         self._packed[name] = (pack_bits(mask), mask.shape[1])
 
     def __getitem__(self, name: str) -> Tensor:

@@ -35,7 +35,9 @@ class Solved:
     notes: tuple[str, ...] = field(default=())
 
 
-def solve(pruner: Pruner, problem: LayerProblem, *, refit: bool = False, guard: bool = True, name: str = "this layer") -> Solved:
+def solve(
+    pruner: Pruner, problem: LayerProblem, *, refit: bool = False, guard: bool = True, name: str = "this layer"
+) -> Solved:
     """Return `problem` solved by `pruner`, checked.
 
     Args:
@@ -52,13 +54,20 @@ def solve(pruner: Pruner, problem: LayerProblem, *, refit: bool = False, guard: 
     """
     rows, columns = problem.weight.shape
     problem.pattern.fit(rows, columns, name)
-    for what, tensor in (("weight", problem.weight), ("gram", problem.gram), ("diag", problem.diag), ("mean", problem.mean)):
+    for what, tensor in (
+        ("weight", problem.weight),
+        ("gram", problem.gram),
+        ("diag", problem.diag),
+        ("mean", problem.mean),
+    ):
         if tensor is not None and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise NumericError(f"{bad} values of the {what} of `{name}` are NaN or infinite")
     _refuse_thaw(problem, name)
     notes: list[str] = []
-    diagonal = problem.diag if problem.diag is not None else problem.gram.diagonal() if problem.gram is not None else None
+    diagonal = (
+        problem.diag if problem.diag is not None else problem.gram.diagonal() if problem.gram is not None else None
+    )
     if diagonal is not None:
         dead = int((diagonal <= 0).sum())
         if dead:
