@@ -22,6 +22,7 @@ MAX_DEPTH = 32
 MAX_NODES = 10_000  # aliases count with everything they stand for
 
 Place = tuple[str | int, ...]  # ("stages", 0, "prune", "pattern")
+Event = Any  # yaml.Event: the stubs know no attributes of its kinds
 
 # libyaml where PyYAML was built with it: 20 times faster, so that a file of the largest size allowed is refused in time
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -46,14 +47,25 @@ class Positions:
     Attributes:
         source: the file as the user named it.
         keys: `{path: (line, column)}` of the keys of mappings and the items of lists, counted from 1.
+        settings: `{path: words}` of values that did not come from the file, in the words to show for them.
+        hidden: the path that is left out where a name is shown, as the user never typed it.
     """
 
     source: str
     keys: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    settings: dict[Place, str] = field(default_factory=dict)
+    hidden: Place = ()
+
+    def shown(self, path: Place) -> str:
+        """Return `path` as users write it: names joined by dots."""
+        visible = path[len(self.hidden) :] if path[: len(self.hidden)] == self.hidden else path
+        return ".".join(map(str, visible or path))
 
     def of(self, path: Place) -> str:
         """Return `file:line:column` of `path`, or of the nearest thing around it that has a position."""
         for length in range(len(path), -1, -1):
+            if setting := self.settings.get(path[:length]):
+                return setting
             if spot := self.keys.get(path[:length]):
                 return f"{self.source}:{spot[0]}:{spot[1]}"
         return self.source
@@ -77,11 +89,7 @@ def load_yaml(path: Path | str) -> tuple[Any, Positions]:
     except OSError as error:
         raise RecipeError(f"cannot read `{path}`: {error.strerror}") from None
     if len(raw) > MAX_BYTES:
-        raise RecipeError(
-            f"the file is larger than {MAX_BYTES} bytes",
-            where=str(path),
-            hint="recipes are short; data goes into files of its own",
-        )
+        raise RecipeError(f"the file is larger than {MAX_BYTES} bytes", where=str(path), hint="recipes are short")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -144,24 +152,24 @@ def _after(source: str, before: str) -> str:
     return f"{source}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
 
-def _spot(source: str, mark: yaml.Mark | None) -> str:
+def _spot(source: str, mark: Any) -> str:
     return f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
 
 
 class _Builder:
     """Turns parser events into data, counting nodes and depth as if every alias were written out."""
 
-    def __init__(self, events: Iterator[yaml.Event], positions: Positions) -> None:
+    def __init__(self, events: Iterator[Event], positions: Positions) -> None:
         self.events = events
         self.positions = positions
         self.nodes = 0
         self.anchors: dict[str, _Anchored] = {}
         self.open: set[str] = set()  # anchors whose node is not complete
 
-    def fail(self, message: str, event: yaml.Event, hint: str | None = None) -> RecipeError:
+    def fail(self, message: str, event: Event, hint: str | None = None) -> RecipeError:
         return RecipeError(message, where=_spot(self.positions.source, event.start_mark), hint=hint)
 
-    def count(self, nodes: int, event: yaml.Event) -> None:
+    def count(self, nodes: int, event: Event) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             raise self.fail(f"more than {MAX_NODES} values, aliases written out", event, "a recipe needs a few dozen")
@@ -180,7 +188,7 @@ class _Builder:
             raise self.fail("a second document begins here, one is allowed", after)
         return value
 
-    def node(self, event: yaml.Event, path: Place, depth: int) -> tuple[Any, int]:
+    def node(self, event: Event, path: Place, depth: int) -> tuple[Any, int]:
         """Return the value that begins with `event` and its height (1 for a scalar)."""
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event, depth)
@@ -203,12 +211,12 @@ class _Builder:
             self.anchors[event.anchor] = _Anchored(value, self.nodes - before + 1, height)
         return value, height
 
-    def scalar(self, event: yaml.ScalarEvent) -> Any:
+    def scalar(self, event: Event) -> Any:
         if _SURROGATE.search(event.value):
             raise self.fail("half a surrogate pair is not a character", event)
         return plain_scalar(event.value) if event.implicit[0] else event.value
 
-    def alias(self, event: yaml.Event, depth: int) -> tuple[Any, int]:
+    def alias(self, event: Event, depth: int) -> tuple[Any, int]:
         if event.anchor in self.open:
             raise self.fail(f"alias `*{event.anchor}` stands inside its own anchor", event)
         anchored = self.anchors.get(event.anchor)
@@ -248,7 +256,7 @@ class _Builder:
             height = max(height, child)
         return entries, height + 1
 
-    def mark(self, path: Place, event: yaml.Event) -> None:
+    def mark(self, path: Place, event: Event) -> None:
         self.positions.keys[path] = (event.start_mark.line + 1, event.start_mark.column + 1)
 
 
