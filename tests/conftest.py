@@ -56,6 +56,18 @@ def tiny_llama():
 
 
 @pytest.fixture
+def make_llama():
+    """The function that builds random LLaMAs."""
+    return random_llama
+
+
+@pytest.fixture
+def make_ids():
+    """The function that draws token ids."""
+    return random_ids
+
+
+@pytest.fixture
 def ids():
     """Token ids for `tiny_llama`: 4 samples of 24 tokens."""
     return random_ids()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,6 +35,8 @@ class Activations(Sequence[Tensor]):
         self._places: list[tuple[int, torch.Size, torch.dtype] | None] = [None] * count
         self._folder = folder
         self._file = TemporaryFile(dir=folder) if offload == "disk" else None  # noqa: SIM115 - lives as long as self
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
         self._end = 0
 
     def __len__(self) -> int:

@@ -42,7 +42,8 @@ from secateur.engine.stream import (
     release_pages,
     write_back_,
 )
-from secateur.models.blocks import BlockCall, Blocks, capture, find_blocks, run_block
+from secateur.models.blocks import Blocks, capture, find_blocks, run_block
+from secateur.models.calls import BlockCall
 from secateur.models.linears import LinearView, find_all_linears
 
 
@@ -211,8 +212,9 @@ class _Run:
         """Fill the stores with what enters block 0, and remember what else the blocks are called with."""
         with step(self.progress, "embedding the calibration text", len(self.ids)) as number:
             for batch, ids in enumerate(self.ids):
-                hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch])
-                self.calls.append([call.to("cpu", self.dtype) for call in calls])
+                like = self.calls[0] if self.calls else None
+                hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch], dtype=self.dtype, like=like)
+                self.calls.append(calls)
                 self.sparse[batch] = hidden.to(self.dtype)
                 if self.dense_path:
                     self.dense[batch] = hidden.to(self.dtype)
