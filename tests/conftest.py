@@ -9,10 +9,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+
+from secateur.core.problem import LayerProblem, Pruned
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TRAINED = ASSETS / "tiny-llama"
@@ -22,6 +26,27 @@ TINY_TRAINED = ASSETS / "tiny-llama"
 def one_thread():
     """Keep results independent of the number of cores."""
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class GramScaled:
+    """A pruner whose answer depends on the whole Gram, so that wrong inputs show."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "diag", "mean"})
+    scope: ClassVar[str] = "row"
+
+    def score(self, problem: LayerProblem) -> torch.Tensor:
+        return (problem.weight @ problem.need("gram")).abs()
+
+    def prune(self, problem: LayerProblem) -> Pruned:
+        mask = problem.select(self.score(problem), self.scope)
+        return Pruned.keep(0.9 * problem.weight, mask)
+
+
+@pytest.fixture
+def pruner():
+    """A pruner that sees everything a pruner can see."""
+    return GramScaled()
 
 
 def random_llama(layers: int = 2, hidden: int = 32, vocabulary: int = 64, seed: int = 0, **settings):
