@@ -30,7 +30,6 @@ from secateur.core.errors import InputError, RecipeError, missing_extra
 from secateur.core.progress import Progress, Silent
 from secateur.evaluate.placement import ready
 
-
 LONGEST_LINE = 16 << 20  # bytes; a longer one is no question
 
 
