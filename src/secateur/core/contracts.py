@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,11 @@ class Pruner(Protocol):
     names nothing. `prune` must not change its problem, and must be deterministic.
     """
 
-    needs: ClassVar[frozenset[str]]
-    scope: ClassVar[Literal["row", "layer"]]
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def scope(self) -> Literal["row", "layer"]: ...
 
     def prune(self, problem: LayerProblem) -> Pruned: ...
 

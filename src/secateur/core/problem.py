@@ -47,8 +47,13 @@ class LayerProblem:
     dense: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def point(self) -> Tensor:
+        """What a one-shot pruner scores and keeps: `start` if it is given, else the target itself."""
+        return self.weight if self.start is None else self.start
+
     def loss(self, value: Tensor) -> float:
-        """Return `tr((value - weight) G (value - weight)^T)`, in units of mean squared output per token, summed over outputs.
+        """Return `tr((value - weight) G (value - weight)^T)`: squared output error per token, summed over outputs.
 
         G is the Gram matrix; its diagonal if only that is known; the identity without any statistics.
         """
