@@ -80,8 +80,7 @@ def continuations(report: dict[str, Any], progress: Progress) -> list[dict[str, 
         for label, spec in made:
             model, tokenizer, _ = load(spec)
             for prompt in PROMPTS:
-                text = continuation(model, tokenizer, prompt, WORDS, seed=0)
-                samples.append({"label": label, "text": text if text.startswith(prompt) else prompt + text})
+                samples.append({"label": label, "text": prompt + continuation(model, tokenizer, prompt, WORDS)})
                 progress.advance(number, 1)
     return samples
 
