@@ -101,7 +101,7 @@ def sample(
     """
     length, notes = _fit(samples, length, max_positions, truncate)
     given = Text((text,), "text") if isinstance(text, str) else text
-    ids = tokenise(given.joined(), tokenizer)
+    ids = tokenise(given, tokenizer)
     found, asked = len(ids), max(samples * length, length + 1)
     if found < asked:
         most = found // length if found > length else 0
@@ -122,6 +122,7 @@ def from_texts(
     *,
     samples: int | None = None,
     length: int,
+    seed: int = 0,
     vocabulary: int | None = None,
     max_positions: int | None = None,
     truncate: bool = False,
@@ -131,8 +132,9 @@ def from_texts(
     Args:
         texts: the samples; empty ones are left out with a note.
         tokenizer: of transformers.
-        samples: take the first so many; all if None or if there are fewer, with a note.
+        samples: take so many, at random and in their order; all if None or, with a note, if there are fewer.
         length: most tokens of a sample. Rows are only as long as the longest sample needs.
+        seed: of the choice, where there are more texts than `samples`.
         vocabulary: see `sample`.
         max_positions: see `sample`; what counts is the longest sample.
         truncate: see `sample`.
@@ -155,7 +157,8 @@ def from_texts(
         raise InputError("calibration texts hold no token", hint="give at least one text with a word")
     if samples is not None and len(rows) < samples:
         notes.append(f"calibration texts: {samples} samples asked, {len(rows)} found")
-    rows = rows[:samples]
+    if samples is not None and len(rows) > samples:
+        rows = [rows[k] for k in sorted(random.Random(seed).sample(range(len(rows)), samples))]
     width, more = _fit(len(rows), max(map(len, rows)), max_positions, truncate)
     lengths = torch.tensor([min(len(row), width) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([row[:width] for row in rows], batch_first=True)  # pads with id 0

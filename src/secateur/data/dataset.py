@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def parse_data_set(spec: str, split: str | None, role: Role) -> tuple[DataSet, s
     Raises:
         InputError: too many parts, or two different splits.
     """
-    name, *rest = spec.split(":")
+    name, *rest = re.split(r":(?![^\[]*\])", spec)  # not inside a slice such as `train[:10%]`
     known = DATA_SETS.get(name) or DataSet(name, None, {"calibration": "train", "evaluation": "test"})
     config = known.config
     said = None

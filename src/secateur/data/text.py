@@ -126,7 +126,7 @@ def load_text(
     return text.by_lines() if lines else text
 
 
-def tokenise(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Tensor:
+def tokenise(text: Text | str, tokenizer: Any, *, special_tokens: bool = True) -> Tensor:
     """Return the token ids of a whole text, tokenised once.
 
     This is what `tokenizer(text)` gives: a tokenizer that opens every text with a special token (LLaMA, Gemma) puts it
@@ -135,7 +135,7 @@ def tokenise(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Tenso
     texts are given to the tokenizer in pieces cut at white space, to bound its memory.
 
     Args:
-        text: any length.
+        text: any length; the documents of a `Text` are joined.
         tokenizer: of transformers.
         special_tokens: whether the tokenizer may add its own special tokens around the text.
 
@@ -143,13 +143,15 @@ def tokenise(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Tenso
         int64 `(n,)`.
     """
 
-    def ids(piece: str, special: bool) -> list[int]:
-        found = tokenizer(piece, add_special_tokens=special, verbose=False)["input_ids"]
-        return [int(number) for number in found]
+    whole = text if isinstance(text, str) else text.joined()
 
-    if len(text) <= _PIECE:
-        return torch.tensor(ids(text, special_tokens), dtype=torch.int64)
-    parts = [torch.tensor(ids(piece, False), dtype=torch.int64) for piece in _pieces(text, _PIECE)]
+    def ids(piece: str, special: bool) -> list[int]:
+        found: list[int] = tokenizer(piece, add_special_tokens=special, verbose=False)["input_ids"]
+        return found
+
+    if len(whole) <= _PIECE:
+        return torch.tensor(ids(whole, special_tokens), dtype=torch.int64)
+    parts = [torch.tensor(ids(piece, False), dtype=torch.int64) for piece in _pieces(whole, _PIECE)]
     if special_tokens:
         bare, dressed = ids("a", False), ids("a", True)
         at = next((k for k in range(len(dressed)) if dressed[k : k + len(bare)] == bare), 0)

@@ -222,8 +222,11 @@ def _read_parquet(path: Path, field: str, skip_bad: int, limit: int) -> Read:
                     else:
                         documents.append(put_right(value, counts))
                         found += len(value)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"text `{path}` is no readable parquet file: {error}", hint="write the file again") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's fault; the library's own have no number
+            raise
+        reason = str(error).strip()
+        raise InputError(f"text `{path}` is no readable parquet file: {reason}", hint="write the file again") from error
     faults.check()
     return Read(documents, [*notes, *faults.notes(), *notes_on(str(path), counts)])
 
