@@ -1,0 +1,76 @@
+"""Prune language models and win the quality back: every method behind one interface.
+
+Nothing heavy is imported before it is used. `evaluate`, `export` and `methods` are functions as well as the packages
+that hold the rest of their rooms, so those packages are callable: `secateur.evaluate(model, ...)`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.core.pattern import NM, Unstructured
+    from secateur.methods.registry import methods
+    from secateur.recipe.schema import Recipe
+    from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
+
+__all__ = [
+    "NM",
+    "Recipe",
+    "Unstructured",
+    "__version__",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "methods",
+    "prune",
+    "tune",
+]
+
+try:
+    __version__ = version("secateur")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+_STAGES = "secateur.recipe.stages"
+_HOMES = {
+    "NM": "secateur.core.pattern",
+    "Unstructured": "secateur.core.pattern",
+    "Recipe": "secateur.recipe.schema",
+    "methods": "secateur.methods.registry",
+    **dict.fromkeys(("prune", "tune", "evaluate", "inspect", "export", "load"), _STAGES),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module `secateur` has no attribute `{name}`")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Room(ModuleType):
+    """A package that is called like the public function of its name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The function, where `inspect.signature` and `help` look for it."""
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(_HOMES[name]), name)
+
+
+for _name in ("evaluate", "export", "methods"):
+    import_module(f"secateur.{_name}").__class__ = _Room

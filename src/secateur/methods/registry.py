@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from secateur.core.registry import Entry, Registry
 
 ANY = "unstructured, N:M"
@@ -31,3 +34,8 @@ REGISTRY = Registry(
         ),
     ]
 )
+
+
+def methods() -> list[dict[str, Any]]:
+    """Return the shelf as plain data: name, kind, target, paper, patterns, needs and summary of every method."""
+    return [asdict(entry) for entry in REGISTRY]

@@ -1,0 +1,508 @@
+"""The command line: it parses, calls the functions of the API, and prints what they return.
+
+Results go to stdout, everything else to stderr. Every failure is one line and a hint, and an exit code that says which
+kind it was (`core/errors.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur import options as o
+from secateur.core.errors import RecipeError, ResourceError, SecateurError
+from secateur.printing import printable, show
+from secateur.stopping import Stopped, stoppable
+
+# options that other tools and published code call so; underscores may stand for dashes anywhere
+_WORDS = {
+    "output-dir": "output",
+    "dataset": "calibration",
+    "nsamples": "samples",
+    "num-calibration-samples": "samples",
+    "seqlen": "length",
+    "max-seq-length": "length",
+    "sparsity": "pattern",
+}
+
+app = typer.Typer(
+    name="secateur",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: _WORDS.get(word.replace("_", "-"), word.replace("_", "-")),
+    },
+)
+
+# typer carries click inside since 0.26 and beside itself before: the class is taken from where both show it
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+BROKEN_PIPE = 141
+# how the command line calls the arguments that a recipe has once for all stages
+_SHARED = (
+    "seed",
+    "device",
+    "dtype",
+    "offload",
+    "memory_limit",
+    "strict",
+    "allow_pickle",
+    "trust_remote_code",
+    "revision",
+)
+_CALL = ("output", "resume", "overwrite", "max_minutes", "dry_run")
+_RESOURCE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+}
+
+
+@dataclass
+class Session:
+    """What one call of the program remembers for its end."""
+
+    debug: bool = False
+
+
+@app.callback(invoke_without_command=True)
+def secateur(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Prune language models and win the quality back.
+
+    MODEL is a folder, a Hub id, a .gguf file or builtin:smollm2-135m; TEXT is a file, a Hub data set or builtin:NAME.
+    """
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"secateur {installed('secateur')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    model: o.Model,
+    method: o.Method = None,
+    pattern: o.Pattern = None,
+    tuner: o.Tuner = None,
+    set: o.Set = None,
+    refit: o.Refit = None,
+    one_pass: o.OnePass = None,
+    error_correction: o.ErrorCorrection = None,
+    no_guard: o.NoGuard = None,
+    freeze_zeros: o.FreezeZeros = None,
+    ignore: o.Ignore = None,
+    override: o.Override = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    field: o.Field = None,
+    skip_bad: o.SkipBad = None,
+    batch_tokens: o.BatchTokens = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    offload: o.Offload = None,
+    memory_limit: o.MemoryLimit = None,
+    max_minutes: o.MaxMinutes = None,
+    strict: o.Strict = False,
+    dry_run: o.DryRun = False,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Prune MODEL, block by block, and tune each block if there is a tuner."""
+    _stage("prune", context)
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    model: o.Model,
+    method: o.TuneMethod = None,
+    teacher: o.Teacher = None,
+    set: o.Set = None,
+    ignore: o.Ignore = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    field: o.Field = None,
+    skip_bad: o.SkipBad = None,
+    batch_tokens: o.BatchTokens = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    offload: o.Offload = None,
+    memory_limit: o.MemoryLimit = None,
+    max_minutes: o.MaxMinutes = None,
+    strict: o.Strict = False,
+    dry_run: o.DryRun = False,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Tune the blocks of a sparse MODEL towards the dense one; zeros stay zero."""
+    _stage("tune", context)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    model: o.Model,
+    perplexity: o.Perplexity = None,
+    length: o.WindowLength = None,
+    limit: o.Limit = None,
+    tasks: o.Tasks = None,
+    task_limit: o.TaskLimit = None,
+    lines: o.TextLines = None,
+    label: o.Label = None,
+    field: o.Field = None,
+    skip_bad: o.SkipBad = None,
+    batch_size: o.BatchSize = None,
+    set: o.Set = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Measure perplexity on texts, accuracy on tasks, and sparsity."""
+    _stage("evaluate", context)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    model: o.Model,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Show sparsity and pattern of every linear, dtype, size, and what a format could save."""
+    _begin(context)
+    loading = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    with redirect_stdout(sys.stderr):
+        from secateur.recipe import stages
+
+        found = stages.inspect(model, **loading)
+    _show("inspect", found, json)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    model: o.Model,
+    format: o.Format = None,
+    dtype: o.Dtype = None,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Write MODEL as a plain checkpoint or packed to one bit per weight and the kept values."""
+    _stage("export", context)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
+    set: o.Set = None,
+    dry_run: o.DryRun = False,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Run every stage of a recipe; the folder then holds the models, the report and the resolved recipe."""
+    _begin(context)
+    from secateur.recipe.schema import Recipe
+
+    loaded = Recipe.load(recipe, set or ())
+    if output is None and not dry_run:
+        raise RecipeError("`--output` is missing", hint="name a folder for the run with --output DIR")
+    with redirect_stdout(sys.stderr):
+        loaded.check()
+        if dry_run:
+            found: dict[str, Any] = {"dry_run": True, "recipe": loaded.resolved(), "digest": loaded.digest()}
+        else:
+            from secateur.terminal import progress
+
+            with progress(sys.stderr) as show:
+                found = loaded.run(str(output), resume, overwrite=overwrite, progress=show)
+    _show("run", found, json)
+
+
+@app.command()
+def methods(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show its hyper-parameters.")] = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """List the methods: name, kind, paper, patterns, and the statistics they need."""
+    _begin(context)
+    from secateur.methods.registry import REGISTRY
+    from secateur.methods.registry import methods as shelf
+
+    if name is None:
+        _show("methods", {"methods": shelf()}, json)
+        return
+    entry = REGISTRY.find(name)
+    from secateur.recipe.build import fields_of
+
+    line = next(line for line in shelf() if line["name"] == name)
+    _show("method", {**line, "fields": fields_of(entry)}, json)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    output: o.Output = "demo",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and epochs: a minute, worse numbers.")] = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Prune a real model to 70 %, win it back, and show what came of it."""
+    _begin(context)
+    from secateur.terminal import progress
+
+    with redirect_stdout(sys.stderr):
+        from secateur import demo as shown
+
+        with progress(sys.stderr) as show:
+            found = shown.run(Path(output or "demo"), quick=quick, progress=show)
+    _show("run", found, json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; those of this process if None.
+    """
+    session = Session()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        try:
+            with stoppable():
+                return _invoke(words, session)
+        except BaseException as error:
+            return _exit_code(error, session)
+    except BrokenPipeError:  # stderr is closed too
+        return _silence()
+
+
+def _invoke(words: list[str], session: Session) -> int:
+    """Parse and run; all exceptions come through as they are."""
+    command: Any = typer.main.get_command(app)
+    with command.make_context("secateur", words, obj=session) as context:
+        command.invoke(context)
+    sys.stdout.flush()
+    return 0
+
+
+def _exit_code(error: BaseException, session: Session) -> int:
+    """Say on stderr what went wrong and return the exit code for it."""
+    if isinstance(error, typer.Exit):
+        sys.stdout.flush()
+        return int(error.exit_code)
+    # rich turns a closed stdout into an exit with code 1
+    if isinstance(error, BrokenPipeError) or isinstance(getattr(error, "__context__", None), BrokenPipeError):
+        return _silence()
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1 if error.code else 0
+    if session.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, _UsageError):
+        return _usage(error)
+    if isinstance(error, SecateurError):
+        _say(str(error), error.hint)
+        return error.exit_code
+    if isinstance(error, Stopped):
+        _say(str(error), "--resume goes on with an unfinished run")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted")
+        return 130
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        _say("out of memory", "lower --batch-tokens or --samples, or use --offload disk")
+        return ResourceError.exit_code
+    if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
+        _say(f"{error.strerror}: `{error.filename}`" if error.filename else str(error))
+        return ResourceError.exit_code
+    _say(
+        f"unexpected {type(error).__name__}: {str(error) or 'no message'}",
+        "this is a bug, please report it; --debug shows where it happened",
+        first_line_only=True,
+    )
+    return 1
+
+
+def _usage(error: Any) -> int:
+    """Show a mistake on the command line."""
+    from secateur.core.errors import did_you_mean
+
+    context = getattr(error, "ctx", None)
+    message = str(error.format_message()).rstrip(".")
+    if not getattr(error, "possibilities", None) and (word := getattr(error, "option_name", None)) and context:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        message = f"No such option `{word}`{did_you_mean(word, known)}" if word not in known else message
+    path = context.command_path if context else "secateur"
+    _say(message[:1].lower() + message[1:], f"see `{path} --help`")
+    return RecipeError.exit_code
+
+
+def _say(message: str, hint: str | None = None, *, first_line_only: bool = False) -> None:
+    """Write an error and its hint to stderr; control characters of foreign texts are shown, not sent."""
+    lines = [line for line in message.splitlines() if line.strip()] or ["unknown"]
+    for line in lines[:1] if first_line_only else lines:
+        sys.stderr.write(f"error: {printable(line)}\n")
+    if hint:
+        sys.stderr.write(f"hint: {printable(hint)}\n")
+    sys.stderr.flush()
+
+
+def _silence() -> int:
+    """Send what is left in stdout nowhere, so that the interpreter's end does not fail on it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, stream.fileno())
+            os.close(devnull)
+    return BROKEN_PIPE
+
+
+def _begin(context: typer.Context) -> dict[str, Any]:
+    """Return the given options and remember what the end of the program needs."""
+    session = context.find_object(Session)
+    if session is not None:
+        session.debug = bool(context.params.get("debug"))
+    return {name: value for name, value in context.params.items() if value is not None and value != [] and value != ()}
+
+
+def _stage(kind: str, context: typer.Context) -> None:
+    """Run one stage as a recipe of one stage, so that options and recipes are checked alike."""
+    given = _begin(context)
+    given.pop("debug", None)
+    as_json, settings = given.pop("json", False), given.pop("set", ())
+    call = {name: given.pop(name) for name in _CALL if name in given}
+    for switch, name in (("one_pass", "sequential"), ("no_guard", "guard")):
+        if given.pop(switch, False):
+            given[name] = False
+    for name in ("perplexity", "tasks"):
+        if name in given:
+            given[name] = [part for text in given[name] for part in _split(text)]
+    if "override" in given:
+        given["overrides"] = dict(_override(text) for text in given.pop("override"))
+    if "ignore" in given:
+        given["ignore"] = list(given["ignore"])
+    if kind != "evaluate" and call.get("output") is None and not call.get("dry_run"):
+        raise RecipeError("`--output` is missing", hint="name the folder to write with --output DIR")
+
+    from secateur.recipe.schema import Recipe
+    from secateur.recipe.yaml_loader import Positions
+
+    top = {name: given.pop(name) for name in _SHARED if name in given}
+    data = {"model": given.pop("model"), **top, "stages": [{kind: given}]}
+    recipe = Recipe.from_dict(data, settings=settings, positions=Positions("", hidden=("stages", 0, kind)))
+    arguments = {**recipe.steps()[0].arguments, **recipe.loading(), **call}
+    if kind == "export" and recipe.dtype is not None:
+        arguments["dtype"] = recipe.dtype
+    with redirect_stdout(sys.stderr):
+        recipe.check()
+        from secateur.recipe import stages
+        from secateur.terminal import progress
+
+        if kind == "export":
+            found = stages.export(recipe.model, **arguments)
+        else:
+            with progress(sys.stderr) as show:
+                result = getattr(stages, kind)(recipe.model, progress=show, **arguments)
+            found = result if isinstance(result, dict) else result.report
+            if call.get("dry_run"):
+                found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
+    for warning in found.get("warnings", ()):
+        sys.stderr.write(f"warning: {printable(str(warning))}\n")
+    _show(kind, found, as_json)
+
+
+def _split(text: str) -> list[str]:
+    """Return the texts joined by commas in `text`; an existing path may have a comma in its name."""
+    return [text] if Path(text).exists() else [part for part in text.split(",") if part]
+
+
+def _override(text: str) -> tuple[str, str]:
+    name, equals, pattern = text.rpartition("=")
+    if not equals or not name:
+        raise RecipeError(f"`--override {text}` has no `=`", hint="write --override '*.down_proj=2:4'")
+    return name, pattern
+
+
+def _show(kind: str, found: dict[str, Any], as_json: bool) -> None:
+    """Print a result on stdout, for people or for programs."""
+    if as_json:
+        sys.stdout.write(json.dumps(_finite(found), ensure_ascii=False, default=str) + "\n")
+    else:
+        show(kind, found, sys.stdout)
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities as None, which JSON can say."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The options of the command line, each declared once; every long one is a key of a recipe with dashes.
+
+None means "not given": defaults live in the recipe schema alone, and what stands in the help here is checked by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+_METHOD, _TEXT, _RUN, _OUT, _OPEN = "Method", "Calibration text", "How it runs", "Output", "Opening the model"
+
+
+def _option(
+    *names: str, help: str, panel: str | None, metavar: str = " ", default: str = "", least: float | None = None
+) -> Any:
+    """Return an option with its default shown in its help; a blank metavar marks a switch."""
+    shown = f"{help} [dim]\\[{default}][/dim]" if default else help
+    return typer.Option(*names, help=shown, metavar=metavar, rich_help_panel=panel, show_default=False, min=least)
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file or builtin:NAME.", show_default=False)
+]
+
+Method = Annotated[str | None, _option("--method", help="Pruner.", panel=_METHOD, metavar="NAME", default="sparsegpt")]
+TuneMethod = Annotated[
+    str | None, _option("--method", help="Block tuner.", panel=_METHOD, metavar="NAME", default="ebft")
+]
+Pattern = Annotated[
+    str | None,
+    _option(
+        "--pattern",
+        help="70%, 0.7, 2:4 (2 of 4 kept), 70% row|layer|model.",
+        panel=_METHOD,
+        metavar="PATTERN",
+        default="50%",
+    ),
+]
+Tuner = Annotated[
+    str | None,
+    _option("--tuner", help="Block tuner that repairs each block after pruning.", panel=_METHOD, metavar="NAME"),
+]
+Set = Annotated[
+    list[str] | None,
+    _option("--set", help="Any argument, such as tuner.epochs=10; repeatable.", panel=_METHOD, metavar="KEY=VALUE"),
+]
+Ignore = Annotated[
+    list[str] | None,
+    _option("--ignore", help="Leave linears dense: name, class, glob or re:REGEX.", panel=_METHOD, metavar="NAME"),
+]
+Override = Annotated[
+    list[str] | None,
+    _option("--override", help="Another pattern for some linears, or dense.", panel=_METHOD, metavar="NAME=PATTERN"),
+]
+Refit = Annotated[bool | None, _option("--refit", help="Exact least squares on the final mask.", panel=_METHOD)]
+OnePass = Annotated[
+    bool | None, _option("--one-pass", help="Calibrate all linears of a block on its dense inputs.", panel=_METHOD)
+]
+ErrorCorrection = Annotated[
+    bool | None, _option("--error-correction", help="Aim at the dense path's outputs.", panel=_METHOD)
+]
+NoGuard = Annotated[
+    bool | None, _option("--no-guard", help="Keep weight updates that are worse than none.", panel=_METHOD)
+]
+FreezeZeros = Annotated[
+    bool | None, _option("--freeze-zeros", help="Zeros that are there stay, and count.", panel=_METHOD)
+]
+Teacher = Annotated[
+    str | None,
+    _option("--teacher", help="The dense model.", panel=_METHOD, metavar="MODEL", default="what it was pruned from"),
+]
+
+Calibration = Annotated[
+    str | None,
+    _option(
+        "--calibration",
+        help="A .txt, .jsonl or .parquet file, a Hub data set or builtin:NAME.",
+        panel=_TEXT,
+        metavar="TEXT",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    _option("--samples", help="Samples taken from the text.", panel=_TEXT, metavar="N", default="128", least=1),
+]
+Length = Annotated[
+    int | None, _option("--length", help="Tokens of a sample.", panel=_TEXT, metavar="N", default="2048", least=2)
+]
+Field = Annotated[
+    str | None, _option("--field", help="Field of a .jsonl or .parquet.", panel=_TEXT, metavar="KEY", default="text")
+]
+SkipBad = Annotated[
+    int | None, _option("--skip-bad", help="Bad lines to put up with.", panel=_TEXT, metavar="N", default="0", least=0)
+]
+BatchTokens = Annotated[
+    int | None,
+    _option("--batch-tokens", help="Tokens of one batch.", panel=_TEXT, metavar="N", default="8192", least=1),
+]
+
+_MEASURE = "What to measure"
+Perplexity = Annotated[
+    list[str] | None,
+    _option("--perplexity", help="Texts, repeated or joined by commas.", panel=_MEASURE, metavar="TEXT"),
+]
+WindowLength = Annotated[
+    int | None, _option("--length", help="Tokens of a window.", panel=_MEASURE, metavar="N", default="1024", least=2)
+]
+Limit = Annotated[
+    int | None, _option("--limit", help="Windows of each text at most.", panel=_MEASURE, metavar="N", least=1)
+]
+TextLines = Annotated[
+    bool | None, _option("--lines", help="Join a text's lines by blank lines, as for raw WikiText-2.", panel=_MEASURE)
+]
+Tasks = Annotated[
+    list[str] | None,
+    _option("--tasks", help="lm-eval tasks or local JSONL, repeated or joined.", panel=_MEASURE, metavar="TASK"),
+]
+TaskLimit = Annotated[
+    int | None, _option("--task-limit", help="Documents of each task at most.", panel=_MEASURE, metavar="N", least=1)
+]
+Label = Annotated[str | None, _option("--label", help="Name of the model in reports.", panel=_OUT, metavar="TEXT")]
+BatchSize = Annotated[
+    int | None, _option("--batch-size", help="Windows of one forward.", panel=_RUN, metavar="N", least=1)
+]
+
+Seed = Annotated[
+    int | None, _option("--seed", help="Decides all randomness.", panel=_RUN, metavar="N", default="0", least=0)
+]
+Device = Annotated[
+    str | None,
+    _option("--device", help="cpu, cuda, cuda:1.", panel=_RUN, metavar="NAME", default="cuda if there is one"),
+]
+Dtype = Annotated[
+    str | None,
+    _option("--dtype", help="float32, bfloat16 or float16.", panel=_RUN, metavar="NAME", default="as stored"),
+]
+Offload = Annotated[
+    str | None, _option("--offload", help="Where hidden states wait.", panel=_RUN, metavar="ram|disk", default="ram")
+]
+MemoryLimit = Annotated[
+    str | None, _option("--memory-limit", help="Main memory to use, such as 6GB.", panel=_RUN, metavar="SIZE")
+]
+MaxMinutes = Annotated[
+    float | None,
+    _option("--max-minutes", help="Then stop at a block boundary; --resume goes on.", panel=_RUN, metavar="M", least=0),
+]
+Strict = Annotated[bool, _option("--strict", help="Fail where something was not done as asked.", panel=_RUN)]
+DryRun = Annotated[bool, _option("--dry-run", help="Show what would be done and what it needs.", panel=_RUN)]
+
+Output = Annotated[str | None, _option("--output", "-o", help="Folder to write.", panel=_OUT, metavar="DIR")]
+Format = Annotated[
+    str | None,
+    _option("--format", help="How to write it.", panel=_OUT, metavar="checkpoint|bitmask", default="checkpoint"),
+]
+Resume = Annotated[bool, _option("--resume", help="Go on with an unfinished run; starts if there is none.", panel=_OUT)]
+Overwrite = Annotated[bool, _option("--overwrite", help="Replace an earlier output.", panel=_OUT)]
+Json = Annotated[bool, _option("--json", help="Print one JSON object on stdout.", panel=_OUT)]
+Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUT)]
+
+Revision = Annotated[
+    str | None, _option("--revision", help="Commit, branch or tag of a Hub id.", panel=_OPEN, metavar="NAME")
+]
+AllowPickle = Annotated[bool, _option("--allow-pickle", help="Read .bin weights.", panel=_OPEN)]
+TrustRemoteCode = Annotated[
+    bool, _option("--trust-remote-code", help="Run code the model brings; needs --revision.", panel=_OPEN)
+]

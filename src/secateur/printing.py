@@ -1,0 +1,201 @@
+"""Results for people to read on stdout: a few lines or a table, legible without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from secateur.terminal import duration, size
+
+
+def show(kind: str, found: Mapping[str, Any], stream: TextIO) -> None:
+    """Write the result `found` of the command `kind` to `stream`."""
+    if found.get("dry_run"):
+        stream.write(_plan(found))
+        return
+    lines = _SHOWN[kind](found)
+    stream.write("".join(f"{line}\n" for line in lines))
+
+
+def printable(text: str) -> str:
+    """Return `text` with characters that a terminal would act on written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Return a number with `digits` significant digits, or a dash where there is none."""
+    if value is None:
+        return "-"
+    if isinstance(value, float) and 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{max(digits - len(str(int(abs(value)))), 0)}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def percent(value: Any) -> str:
+    """Return a fraction as `70.0 %`."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> list[str]:
+    """Return a table as lines, columns aligned, those in `numeric` to the right."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[index]) for row in [list(head), *cells]) for index in range(len(head))]
+    right = set(numeric)
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return [line(head), line(["-" * width for width in widths]), *map(line, cells)]
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return `name  value` lines with the values aligned."""
+    known = [(name, printable(value)) for name, value in pairs if value]
+    width = max((len(name) for name, _ in known), default=0)
+    return [f"{name.ljust(width)}  {value}" for name, value in known]
+
+
+def method_words(method: Mapping[str, Any] | None) -> str:
+    """Return `sparsegpt (damping=0.01, block_size=128)`."""
+    if not method:
+        return ""
+    fields = ", ".join(
+        f"{name}={method_words(value) if isinstance(value, Mapping) else value}"
+        for name, value in method.items()
+        if name != "name"
+    )
+    return f"{method.get('name')} ({fields})" if fields else str(method.get("name"))
+
+
+def _sweep(found: Mapping[str, Any]) -> list[str]:
+    layers, blocks = found.get("layers", []), found.get("blocks", [])
+    losses = [layer["loss_after"] for layer in layers if layer.get("loss_after") is not None]
+    tuned = [block for block in blocks if block.get("error_after") is not None]
+    before, after = (sum(block[key] for block in tuned) for key in ("error_before", "error_after"))
+    pruned = found.get("stage") == "prune"
+    return facts(
+        [
+            ("model", str(found.get("model", ""))),
+            ("method", method_words(found.get("method"))),
+            ("tuner", method_words(found.get("tuner")) if pruned else ""),
+            ("pattern", str(found.get("pattern", "")) if pruned else ""),
+            ("sparsity", f"{percent(found.get('sparsity'))} of {len(layers)} linears"),
+            ("layer loss", f"{number(sum(losses) / len(losses))} of the all-zero loss, mean" if losses else ""),
+            (
+                "block error",
+                f"{number(before / len(tuned))} to {number(after / len(tuned))}, mean of {len(tuned)} blocks"
+                if tuned
+                else "",
+            ),
+            ("time", duration(found.get("seconds") or 0.0)),
+            ("peak memory", size(found["peak_memory_bytes"]) if found.get("peak_memory_bytes") else ""),
+            ("output", str(found.get("output") or "")),
+        ]
+    )
+
+
+def _evaluate(found: Mapping[str, Any]) -> list[str]:
+    tokens = found.get("tokens", {})
+    rows = [
+        (f"perplexity {text}", f"{number(value, 5)} ({tokens.get(text, 0):,} tokens)")
+        for text, value in found.get("perplexity", {}).items()
+    ]
+    for task, metrics in found.get("tasks", {}).items():
+        rows += [(f"{task} {name}", number(value)) for name, value in metrics.items() if isinstance(value, int | float)]
+    rows += [("sparsity", percent(found.get("sparsity"))), ("time", duration(found.get("seconds") or 0.0))]
+    return facts(rows)
+
+
+def _inspect(found: Mapping[str, Any]) -> list[str]:
+    linears = found.get("linears", [])
+    rows = [
+        (line["name"], " x ".join(map(str, line["shape"])), percent(line["sparsity"]), str(line.get("pattern") or "-"))
+        for line in linears
+    ]
+    formats = found.get("formats", {})
+    pairs = [
+        ("sparsity", f"{percent(found.get('sparsity'))} of {len(linears)} linears"),
+        ("dtype", str(found.get("dtype", ""))),
+        ("size", size(found["bytes"]) if found.get("bytes") else ""),
+    ]
+    pairs += [
+        (f"as {name}", size(count) if isinstance(count, int | float) else str(count)) for name, count in formats.items()
+    ]
+    return [*columns(("linear", "shape", "sparsity", "pattern"), rows, numeric=(1, 2)), "", *facts(pairs)]
+
+
+def _export(found: Mapping[str, Any]) -> list[str]:
+    return facts(
+        [
+            ("format", str(found.get("format", ""))),
+            ("size", f"{size(found['bytes'])}, {percent(found['ratio'])} of the dense {size(found['dense_bytes'])}"),
+            ("sparsity", percent(found.get("sparsity"))),
+            ("output", str(found.get("output", ""))),
+        ]
+    )
+
+
+def _methods(found: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (line["name"], line["kind"], line["patterns"], ", ".join(line["needs"]) or "nothing", line["paper"])
+        for line in found["methods"]
+    ]
+    return [
+        *columns(("name", "kind", "patterns", "needs", "paper"), rows),
+        "",
+        "secateur methods NAME shows the hyper-parameters",
+    ]
+
+
+def _method(found: Mapping[str, Any]) -> list[str]:
+    fields = [
+        (
+            f"  {name}",
+            method_words(value) if isinstance(value, Mapping) else "required" if value is None else str(value),
+        )
+        for name, value in found["fields"].items()
+    ]
+    head = [(name, ", ".join(found[name]) if name == "needs" else str(found[name])) for name in _METHOD_FACTS]
+    return [*facts(head), "", "hyper-parameters and their defaults", *(facts(fields) or ["  none"])]
+
+
+def _run(found: Mapping[str, Any]) -> list[str]:
+    from secateur.recipe.headline import headline
+
+    head, rows = headline(found)
+    lines = columns(head, rows, numeric=range(1, len(head))) if rows else []
+    for sample in found.get("samples", ()):
+        lines += ["", f"{printable(str(sample['label']))}:", f"  {printable(str(sample['text']))}"]
+    outputs = [(str(name), str(path)) for name, path in found.get("outputs", {}).items()]
+    return [*lines, *([""] if lines and outputs else []), *facts(outputs)]
+
+
+def _plan(found: Mapping[str, Any]) -> str:
+    from secateur.recipe.yaml_writer import to_yaml
+
+    lines = ["nothing was done (dry run)"]
+    if memory := found.get("memory_plan"):
+        lines += facts(
+            [("needs", size(found.get("planned_memory_bytes") or 0)), *((f"  {k}", size(v)) for k, v in memory.items())]
+        )
+    if "linears" in found:
+        lines.append(f"{found['linears']} linears")
+    plain = found.get("recipe") or found.get("arguments") or {}
+    return "\n".join([*lines, "", to_yaml(plain)])
+
+
+_METHOD_FACTS = ("name", "kind", "summary", "paper", "patterns", "needs")
+_SHOWN = {
+    "prune": _sweep,
+    "tune": _sweep,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "export": _export,
+    "methods": _methods,
+    "method": _method,
+    "run": _run,
+}
