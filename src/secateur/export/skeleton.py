@@ -1,0 +1,99 @@
+"""A model made from a checked configuration and tensors that are already in memory, without a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import InputError
+from secateur.models.config_checks import layers
+from secateur.models.folder_checks import check_settings
+
+
+def empty_model(folder: Path, architecture: str, tensors: int) -> nn.Module:
+    """Return the model that the configuration in `folder` describes, on the meta device: no memory, no weights.
+
+    Args:
+        folder: holds `config.json`, maybe with a tokenizer.
+        architecture: name of a model class of transformers.
+        tensors: how many tensors there will be, which bounds the layers that are built.
+
+    Raises:
+        InputError: if the configuration asks for code, is damaged, or belongs to another architecture.
+    """
+    import transformers
+
+    raw = check_settings(folder)
+    if layers(raw) > tensors:
+        raise InputError(f"`{folder / 'config.json'}` states {layers(raw):,} layers for {tensors:,} tensors")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # every family checks its own configuration and may raise anything
+        raise InputError(f"`{folder / 'config.json'}` is no configuration: {_first_line(error)}") from error
+    found = getattr(transformers, architecture, None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not known or getattr(found, "config_class", None) is not type(config):
+        raise InputError(f"the architecture `{architecture[:80]}` does not belong to a {type(config).__name__}")
+    maker: Any = found
+    try:
+        with torch.device("meta"):
+            model: nn.Module = maker(config)
+    except Exception as error:  # sizes that contradict each other raise whatever the family's code happens to
+        raise InputError(f"no {architecture} can be made from its configuration: {_first_line(error)}") from error
+    return model
+
+
+def fill(skeleton: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, str], folder: Path) -> nn.Module:
+    """Return a model of the class of `skeleton` with exactly the tensors of `state`, in eval mode.
+
+    Args:
+        skeleton: from `empty_model`; used up.
+        state: its tensors by name, each once; they become the model's, nothing is copied.
+        tied: `{second name: first name}` of tensors that are one.
+        folder: where the generation settings are, if there are any.
+    """
+    from transformers import GenerationConfig
+
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    whole = {
+        name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if name in parameters else tensor
+        for name, tensor in state.items()
+    }
+    whole |= {second: whole[first] for second, first in tied.items()}
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    maker: Any = type(skeleton)
+    settings = {"config": skeleton.config, "dtype": sizes.most_common(1)[0][0]}
+    # transformers makes the buffers that are not stored (rotary tables), but gives all tensors one dtype: hence twice
+    model: Any = maker.from_pretrained(None, state_dict=dict(whole), **settings)
+    model.load_state_dict(whole, strict=True, assign=True)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    filled: nn.Module = model.eval()
+    return filled
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer in `folder`, or None if there is none.
+
+    Raises:
+        InputError: if it is damaged or needs code.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as for the configuration
+        raise InputError(f"the tokenizer in `{folder}` cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
