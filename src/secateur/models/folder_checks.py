@@ -110,6 +110,33 @@ def survey(path: Path, *, allow_pickle: bool = False, trust_remote_code: bool = 
     return Survey(config, weights, pickled, tensors, any(name in names for name in TOKENIZER_FILES), bool(code))
 
 
+def check_settings(path: Path) -> dict[str, Any]:
+    """Return the checked configuration of a folder that holds configuration and tokenizer, but no weights of its own.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    try:
+        names = _readable_names(path)
+        if "config.json" not in names:
+            raise InputError(f"`{path}` has no `config.json`")
+        config = read_object(path / "config.json", 10 * MEGABYTE)
+        check_config(config, str(path / "config.json"))
+        _check_side_files(path, names, False)
+    except OSError as error:
+        raise InputError(f"`{error.filename or path}` cannot be read: {error.strerror}") from error
+    return config
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files in a shard index, which need not be there yet.
+
+    Raises:
+        InputError: the index is malformed, or names anything but plain files of its own folder.
+    """
+    return sorted(set(_read_index(index).values()))
+
+
 def check_file(path: Path, folder: Path) -> None:
     """Refuse a file that is not a plain one, or a link that leaves `folder`.
 
@@ -212,7 +239,15 @@ def _hint_for(names: set[str]) -> str | None:
 
 
 def _weight_map(index: Path, names: set[str]) -> dict[str, str]:
-    """Return the checked map from tensor to file name of a shard index."""
+    """Return the checked map of a shard index, whose files must be among `names`."""
+    mapped = _read_index(index)
+    for name in set(mapped.values()) - names:
+        raise InputError(f"`weight_map` in `{index}` names `{name[:120]}`, which is missing")
+    return mapped
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the map from tensor to file name of a shard index; only plain names of the same folder are let through."""
     found = read_object(index, 100 * MEGABYTE)
     mapped = found.get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
@@ -225,11 +260,9 @@ def _weight_map(index: Path, names: set[str]) -> dict[str, str]:
     for name in {item if isinstance(item, str) else None for item in mapped.values()}:
         if name is None or re.search(r"[/\\:\x00-\x1f]", name) or name == ".." or not name.endswith(suffix):
             raise InputError(
-                f"`weight_map` in `{index}` names the file {str(name)[:120]!r}, but only plain names of `*{suffix}` files in "
-                "the same folder are allowed"
+                f"`weight_map` in `{index}` names the file {str(name)[:120]!r}, but only plain names of `*{suffix}` "
+                "files in the same folder are allowed"
             )
-        if name not in names:
-            raise InputError(f"`weight_map` in `{index}` names `{name[:120]}`, which is missing")
     return mapped
 
 
