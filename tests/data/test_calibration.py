@@ -5,7 +5,7 @@ import random
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.core.errors import InputError, RecipeError
@@ -31,6 +31,7 @@ def numbers(count, start=1):
 # Crops of a text
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 20))
 def test_crops_follow_the_published_protocol(seed, samples, length):
     text = Text((numbers(60), numbers(90, start=100)), "numbers")
@@ -203,6 +204,7 @@ def test_wrong_masks_are_refused(keep, message):
         from_ids([[1, 2], [3, 4]], keep)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 9), st.booleans())
 def test_batches_hold_every_sample_once_in_order(samples, sequences, padded):
     ids = torch.arange(samples * 3).reshape(samples, 3)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.data.markup import articles, paragraphs
@@ -57,6 +57,7 @@ def test_closing_sections_end_the_article():
     ]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="[]{}|'=<>ref/ (a.\n", max_size=200))
 def test_any_markup_ends_and_leaves_no_brackets_of_markup(markup):
     for paragraph in paragraphs(markup, shortest=1):

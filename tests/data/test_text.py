@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bad import text as bad
@@ -94,6 +94,7 @@ def test_byte_order_mark_returns_and_nul_are_handled(tmp_path):
     assert any("1 NUL" in note for note in text.notes)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="aé𝄞\r\n\ufffd ", min_size=1), st.integers(1, 7))
 def test_reading_in_pieces_changes_nothing(tmp_path_factory, content, chunk):
     path = tmp_path_factory.mktemp("pieces") / "x.txt"
@@ -362,6 +363,7 @@ def test_text_is_tokenised_once_with_the_tokenizers_own_special_tokens():
     assert tokenise("", letters, special_tokens=False).shape == (0,)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9))
 def test_long_text_in_pieces_gives_the_same_tokens(text, size):
     pieces = list(_pieces(text, size))
