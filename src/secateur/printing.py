@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from secateur.terminal import duration, size
+from secateur.core.quantities import duration, number, percent, size
 
 
 def show(kind: str, found: Mapping[str, Any], stream: TextIO) -> None:
@@ -20,20 +20,6 @@ def show(kind: str, found: Mapping[str, Any], stream: TextIO) -> None:
 def printable(text: str) -> str:
     """Return `text` with characters that a terminal would act on written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """Return a number with `digits` significant digits, or a dash where there is none."""
-    if value is None:
-        return "-"
-    if isinstance(value, float) and 1e-3 <= abs(value) < 1e6:
-        return f"{value:,.{max(digits - len(str(int(abs(value)))), 0)}f}" if abs(value) >= 1 else f"{value:.{digits}g}"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def percent(value: Any) -> str:
-    """Return a fraction as `70.0 %`."""
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> list[str]:

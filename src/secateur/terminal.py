@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO, cast
 
 from secateur.core.progress import Progress
+from secateur.core.quantities import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -135,27 +136,6 @@ def progress(stream: TextIO) -> Iterator[Progress]:
         *columns, console=console, speed_estimate_period=REMEMBERED_SECONDS, redirect_stdout=False, redirect_stderr=True
     ) as bars:
         yield Bars(bars)
-
-
-def duration(seconds: float) -> str:
-    """Return `1.4 s`, `2 min 05 s` or `3 h 12 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Return bytes as `12 kB`, `1.5 GB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _task(step: int) -> TaskID:
