@@ -374,6 +374,17 @@ def test_long_text_in_pieces_gives_the_same_tokens(text, size):
         assert tokenise(text, Letters()).tolist() == [1, *map(ord, text), 2]
 
 
+def test_pieces_of_a_real_text_give_the_tokens_of_the_whole(trained_folder, monkeypatch):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trained_folder)
+    text = load_text("builtin:tiny-evaluation")
+    whole = tokenise(text, tokenizer)
+    monkeypatch.setattr("secateur.data.text._PIECE", 500)
+    assert len(list(_pieces(text.joined(), 500))) > 60
+    assert torch.equal(tokenise(text, tokenizer), whole)
+
+
 def test_tokenising_a_long_text_neither_warns_nor_logs(trained_folder, caplog):
     from transformers import AutoTokenizer
 

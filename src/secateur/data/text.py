@@ -16,7 +16,8 @@ counted in `Text.notes`, for the report.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from secateur.data.dataset import DATA_SETS, read_data_set
 from secateur.data.textfile import READERS, Read, read_file
 
 LIMIT = 32 * 2**20  # characters; some eight million tokens, more than any calibration or evaluation here uses
-_PIECE = 16 * 2**20  # characters given to a tokenizer at once; it needs some 100 bytes for each
+_PIECE = 4 * 2**20  # characters given to a tokenizer at once; it takes some 170 bytes for each
+_WORD_END = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # the space of "word word": no tokenizer's unit reaches across it
 _OVERLAP_WORDS = 13  # the n of the contamination checks of GPT-3 (Brown et al. 2020, appendix C)
 
 
@@ -132,7 +134,8 @@ def tokenise(text: Text | str, tokenizer: Any, *, special_tokens: bool = True) -
     This is what `tokenizer(text)` gives: a tokenizer that opens every text with a special token (LLaMA, Gemma) puts it
     once in front of the whole, as in the published perplexity protocols; most others add nothing. The warning that the
     text is longer than the model's context is not given, because nobody feeds it to the model in one piece. Very long
-    texts are given to the tokenizer in pieces cut at white space, to bound its memory.
+    texts are given to the tokenizer in pieces cut between two words, to bound its memory: byte-level tokenizers give
+    the same tokens as for the whole, others (SentencePiece) may differ by one token for each four million characters.
 
     Args:
         text: any length; the documents of a `Text` are joined.
@@ -187,15 +190,14 @@ def _names_data_set(name: str) -> bool:
     return bool(owner and slash and rest) and "/" not in rest and not any(c.isspace() for c in name)
 
 
-def _pieces(text: str, size: int) -> Iterable[str]:
-    """Cut a text in front of a space or after a line, at most `size` characters apart."""
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cut a text in front of spaces between two words, at most `size` characters apart."""
     start = 0
     while len(text) - start > size:
-        end = text.rfind("\n", start, start + size) + 1
-        if end <= start:
-            end = text.rfind(" ", start + 1, start + size)
-        if end <= start:
-            end = start + size
+        end = start + size
+        last = max(start, end - 4096)
+        cuts = [match.start() for match in _WORD_END.finditer(text, last, end + 1)]
+        end = cuts[-1] if cuts and cuts[-1] > start else end
         yield text[start:end]
         start = end
     yield text[start:]
