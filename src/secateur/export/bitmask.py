@@ -34,6 +34,7 @@ from secateur.export.container import DTYPES, Slot, create
 from secateur.export.packing import Packed, kept_count, pack_pieces, unpack
 from secateur.export.skeleton import empty_model, fill, tokenizer_of
 from secateur.models.fingerprint import fingerprint as content_fingerprint
+from secateur.models.pages import Mappings
 from secateur.models.safetensors_header import Header, read_header
 from secateur.models.strict_json import parse
 
@@ -74,18 +75,23 @@ def write(model: nn.Module, tokenizer: Any, folder: Path, side: dict[str, Any] |
     if getattr(model, "hf_quantizer", None) is not None or hasattr(model.config, "quantization_config"):
         raise InputError("the model is quantised", hint="decompress it first")
     tensors, tied = _state(model)
-    slots = {name: _slots(name, tensor) for name, tensor in tensors.items()}
+    mappings = Mappings()
+    slots: dict[str, dict[str, Slot]] = {}
+    for name, tensor in tensors.items():
+        slots[name] = _slots(name, tensor)
+        mappings.release([tensor])
     metadata = {"format": FORMAT, "version": VERSION, "architecture": architecture, "tied": json.dumps(tied)}
     entries = {entry: slot for group in slots.values() for entry, slot in group.items()}
     with create(folder / WEIGHTS, entries, metadata) as container:
         for name, tensor in tensors.items():
             if name in slots[name]:
                 container.append(name, tensor.cpu())
-                continue
-            for values, bits in pack_pieces(tensor):
-                container.append(name + VALUES, values)
-                container.append(name + BITS, bits)
-            container.append(name + SHAPE, torch.tensor(tensor.shape))
+            else:
+                for values, bits in pack_pieces(tensor):
+                    container.append(name + VALUES, values)
+                    container.append(name + BITS, bits)
+                container.append(name + SHAPE, torch.tensor(tensor.shape))
+            mappings.release([tensor])
     _write_settings(model, tokenizer, folder / MODEL, architecture)
     if side is not None:
         (folder / SIDE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
@@ -134,7 +140,7 @@ def fingerprint(folder: Path) -> str:
 
 def stored_bytes(tensor: Tensor) -> int:
     """Return the bytes that `tensor` takes in a file of this format, packed or as it is, whichever is smaller."""
-    return sum(slot.bytes for slot in _slots("", tensor).values())
+    return sum(slot.nbytes for slot in _slots("", tensor).values())
 
 
 def _slots(name: str, tensor: Tensor) -> dict[str, Slot]:
@@ -148,7 +154,7 @@ def _slots(name: str, tensor: Tensor) -> dict[str, Slot]:
         name + BITS: Slot(torch.uint8, (tensor.numel() // columns, -(-columns // 8))),
         name + SHAPE: Slot(torch.int64, (tensor.dim(),)),
     }
-    smaller = sum(slot.bytes for slot in packed.values()) + 2 * ENTRY < plain[name].bytes
+    smaller = sum(slot.nbytes for slot in packed.values()) + 2 * ENTRY < plain[name].nbytes
     return packed if smaller else plain
 
 

@@ -37,7 +37,7 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
@@ -87,17 +87,17 @@ def create(path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str]) -
     at = 0
     for name in order:
         slot = slots[name]
-        offsets = [at, at + slot.bytes]
+        offsets = [at, at + slot.nbytes]
         lines[name] = {"dtype": DTYPES[slot.dtype], "shape": list(slot.shape), "data_offsets": offsets}
-        at += slot.bytes
+        at += slot.nbytes
     header = json.dumps(lines, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     start = 8 + len(header)
     places: dict[str, tuple[int, int]] = {}
     at = start
     for name in order:
-        places[name] = (at, at + slots[name].bytes)
-        at += slots[name].bytes
+        places[name] = (at, at + slots[name].nbytes)
+        at += slots[name].nbytes
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(at)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.core.errors import InputError
 from secateur.models.config_checks import layers
 from secateur.models.folder_checks import check_settings
+from secateur.models.quiet import quiet
 
 
 def empty_model(folder: Path, architecture: str, tensors: int) -> nn.Module:
@@ -55,7 +56,7 @@ def fill(skeleton: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, st
         skeleton: from `empty_model`; used up.
         state: its tensors by name, each once; they become the model's, nothing is copied.
         tied: `{second name: first name}` of tensors that are one.
-        folder: where the generation settings are, if there are any.
+        folder: the sub-folder with the configuration and maybe generation settings.
     """
     from transformers import GenerationConfig
 
@@ -71,8 +72,10 @@ def fill(skeleton: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, st
     maker: Any = type(skeleton)
     settings = {"config": skeleton.config, "dtype": sizes.most_common(1)[0][0]}
     # transformers makes the buffers that are not stored (rotary tables), but gives all tensors one dtype: hence twice
-    model: Any = maker.from_pretrained(None, state_dict=dict(whole), **settings)
+    with quiet():
+        model: Any = maker.from_pretrained(None, state_dict=dict(whole), **settings)
     model.load_state_dict(whole, strict=True, assign=True)
+    model.name_or_path = model.config.name_or_path = str(folder.parent)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     filled: nn.Module = model.eval()
