@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import socket
 import sys
 import tracemalloc
@@ -223,6 +224,45 @@ def test_missing_pyarrow_names_the_extra(parquet, monkeypatch):
     with pytest.raises(InputError, match="pyarrow") as caught:
         load_text(parquet)
     assert "secateur[data]" in caught.value.hint
+
+
+# Mutations
+
+
+def mutated(data, draw):
+    """Flip, cut, repeat or insert a few bytes."""
+    data = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(data))
+        match draw.randrange(4):
+            case 0:
+                data[at] = draw.randrange(256)
+            case 1:
+                del data[at : at + draw.randint(1, 9)]
+            case 2:
+                data[at:at] = draw.choice([b"\0", b"\xff", b'"', b"[" * 2000, b"\\ud800", b"\r", b"\n", b"1e999"])
+            case _:
+                data[at:at] = data[at : at + 20]
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_mutated_files_give_text_or_an_input_error(tmp_path, parquet, suffix):
+    draw = random.Random(0)
+    good = parquet.read_bytes() if suffix == ".parquet" else b'{"text": "one \\u00e9 \xc3\xa9", "id": 3}\n' * 5
+    path = tmp_path / f"mutated{suffix}"
+    outcomes = set()
+    for _ in range(300):
+        path.write_bytes(mutated(good, draw))
+        try:
+            text = load_text(path, skip_bad=draw.randrange(3), limit=10_000)
+            assert text.joined().encode("utf-8")
+            outcomes.add("text")
+        except InputError:
+            outcomes.add("error")
+    assert "text" in outcomes
+    assert suffix == ".txt" or "error" in outcomes
 
 
 # Names
