@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from secateur.core.contracts import Pruner
 from secateur.core.errors import InputError, NumericError, PatternError
-from secateur.core.linalg import refit as exact_refit
+from secateur.core.linalg import is_finite
+from secateur.core.linalg import refit as best_refit
+from secateur.core.pattern import NM, Pattern, pruned_count
 from secateur.core.problem import LayerProblem, Pruned
 
 
@@ -54,38 +58,17 @@ def solve(
     """
     rows, columns = problem.weight.shape
     problem.pattern.fit(rows, columns, name)
-    for what, tensor in (
-        ("weight", problem.weight),
-        ("gram", problem.gram),
-        ("diag", problem.diag),
-        ("mean", problem.mean),
-    ):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise NumericError(f"{bad} values of the {what} of `{name}` are NaN or infinite")
-    _refuse_thaw(problem, name)
-    notes: list[str] = []
-    diagonal = (
-        problem.diag if problem.diag is not None else problem.gram.diagonal() if problem.gram is not None else None
-    )
-    if diagonal is not None:
-        dead = int((diagonal <= 0).sum())
-        if dead:
-            notes.append(f"{dead} of {columns} inputs are never active")
+    notes = _check(problem, pruner.scope, name)
     started = time.perf_counter()
     pruned = pruner.prune(problem)
-    problem.pattern.check(pruned.mask, pruner.scope)
-    if bool((pruned.weight != 0).logical_and(~pruned.mask).any()):
-        raise PatternError(f"the pruner left weights of `{name}` outside its own mask")
-    if not torch.isfinite(pruned.weight).all():
-        raise NumericError(f"the pruned weight of `{name}` holds NaN or infinity")
-    if problem.frozen is not None and bool((pruned.mask & problem.frozen).any()):
-        raise PatternError(f"the pruner brought back frozen zeros of `{name}`")
+    _check_answer(problem, pruned, pruner.scope, name)
     plain = Pruned.keep(problem.weight if problem.dense is None else problem.dense, pruned.mask)
-    loss_plain, loss = problem.loss(plain.weight), problem.loss(pruned.weight)
+    loss_plain = loss = problem.loss(plain.weight)
+    if not torch.equal(plain.weight, pruned.weight):
+        loss = problem.loss(pruned.weight)
     if refit:
-        weight = exact_refit(problem.weight, problem.need("gram"), pruned.mask)
-        refitted = problem.loss(weight) if torch.isfinite(weight).all() else float("inf")
+        weight = best_refit(problem.weight, problem.need("gram"), pruned.mask, start=pruned.weight)
+        refitted = problem.loss(weight) if is_finite(weight) else float("inf")
         if refitted <= loss:
             pruned, loss = Pruned(weight, pruned.mask), refitted
         else:
@@ -97,13 +80,56 @@ def solve(
     return Solved(pruned, loss_plain / size, loss / size, time.perf_counter() - started, tuple(notes))
 
 
-def _refuse_thaw(problem: LayerProblem, name: str) -> None:
-    """Raise unless the zeros that must stay fit in the budget of the pattern."""
-    if problem.frozen is None:
-        return
-    existing = float(problem.frozen.float().mean())
-    if existing > problem.pattern.sparsity + 1.0 / problem.frozen.numel():
+def _check(problem: LayerProblem, scope: Literal["row", "layer"], name: str) -> list[str]:
+    """Raise unless the problem can be solved; return what is worth noting about it."""
+    columns = problem.weight.shape[1]
+    shapes = {"gram": (columns, columns), "diag": (columns,), "mean": (columns,)}
+    for what in ("weight", "gram", "diag", "mean"):
+        tensor: Tensor | None = getattr(problem, what)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shapes.get(what, tensor.shape):
+            raise InputError(f"the {what} of `{name}` must have shape {shapes[what]}, got {tuple(tensor.shape)}")
+        if not is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NumericError(f"{bad} values of the {what} of `{name}` are NaN or infinite")
+    if problem.frozen is not None:
+        _refuse_thaw(problem.pattern, problem.frozen, scope, name)
+    diagonal = problem.diag
+    if diagonal is None and problem.gram is not None:
+        diagonal = problem.gram.diagonal()
+    dead = 0 if diagonal is None else int((diagonal <= 0).sum())
+    return [f"{dead} of {columns} inputs are never active"] if dead else []
+
+
+def _check_answer(problem: LayerProblem, pruned: Pruned, scope: Literal["row", "layer"], name: str) -> None:
+    """Raise if a pruner's answer breaks the pattern, its own mask, or frozen zeros, or is not finite."""
+    problem.pattern.check(pruned.mask, scope)
+    if bool(pruned.weight.masked_fill(pruned.mask, 0.0).any()):
+        raise PatternError(f"the pruner left weights of `{name}` outside its own mask")
+    if not is_finite(pruned.weight):
+        raise NumericError(f"the pruned weight of `{name}` holds NaN or infinity")
+    if problem.frozen is not None and bool((pruned.mask & problem.frozen).any()):
+        raise PatternError(f"the pruner brought back frozen zeros of `{name}`")
+
+
+def _refuse_thaw(pattern: Pattern, frozen: Tensor, scope: Literal["row", "layer"], name: str) -> None:
+    """Raise unless the zeros that must stay fit in the budget of the pattern, wherever it is counted."""
+    existing = float(frozen.float().mean())
+    if existing > pattern.sparsity + 1.0 / frozen.numel():
         raise InputError(
-            f"`{name}` already has a sparsity of {existing:.4f}, above the target {problem.pattern.sparsity:.4f}",
+            f"`{name}` already has a sparsity of {existing:.4f}, above the target {pattern.sparsity:.4f}",
             hint="raise the target, or leave the existing zeros free",
+        )
+    if isinstance(pattern, NM):
+        parts, counts, room = "groups", frozen.reshape(-1, pattern.m).sum(1), pattern.m - pattern.n
+    elif pattern.counted_over(scope) == "row":
+        parts, counts, room = "rows", frozen.sum(1), pruned_count(pattern.sparsity, frozen.shape[1])
+    else:
+        return
+    crowded = int((counts > room).sum())
+    if crowded:
+        raise InputError(
+            f"{crowded} {parts} of `{name}` already hold more than the {room} zeros that `{pattern}` puts there",
+            hint="leave the existing zeros free, or choose a pattern with more zeros",
         )
