@@ -102,15 +102,16 @@ def _inspect(found: Mapping[str, Any]) -> list[str]:
         (line["name"], " x ".join(map(str, line["shape"])), percent(line["sparsity"]), str(line.get("pattern") or "-"))
         for line in linears
     ]
-    formats = found.get("formats", {})
     pairs = [
         ("sparsity", f"{percent(found.get('sparsity'))} of {len(linears)} linears"),
         ("dtype", str(found.get("dtype", ""))),
         ("size", size(found["bytes"]) if found.get("bytes") else ""),
     ]
-    pairs += [
-        (f"as {name}", size(count) if isinstance(count, int | float) else str(count)) for name, count in formats.items()
-    ]
+    for name, saving in found.get("formats", {}).items():
+        if "ratio" in saving:
+            pairs.append((f"as {name}", f"{size(saving['bytes'])}, {percent(saving['ratio'])} of it"))
+        else:
+            pairs.append((f"as {name}", f"{saving['linears']} of {saving['of']} linears fit the kernels of GPUs"))
     return [*columns(("linear", "shape", "sparsity", "pattern"), rows, numeric=(1, 2)), "", *facts(pairs)]
 
 

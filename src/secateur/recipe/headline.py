@@ -66,7 +66,7 @@ def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             row.label,
             percent(row.sparsity),
             *(number(row.perplexity.get(text), 4) for text in texts),
-            *(number(row.tasks.get(task), 3) for task in tasks),
+            *("-" if task not in row.tasks else f"{row.tasks[task]:.3f}" for task in tasks),
             "-" if row.seconds is None else duration(row.seconds),
             "-" if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
         ]
