@@ -347,7 +347,7 @@ def evaluate(
     tokens: dict[str, int] = {}
     notes: list[str] = []
     for spec in texts:
-        text = load_text(str(spec), field=field, skip_bad=skip_bad, **({"lines": True} if lines else {}))
+        text = load_text(str(spec), field=field, skip_bad=skip_bad, lines=lines, role="evaluation")
         notes += text.notes
         ids = tokenise(text, job.need_tokenizer("measure perplexity"))
         found = measure(live, ids, length=length, limit=limit, batch_size=batch_size, device=job.device, progress=show)
