@@ -130,7 +130,8 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         InputError: if the block returns neither hidden states nor a tuple that starts with them.
     """
     with evaluating(block):
-        output = block(hidden, *call.args, **call.kwargs)
+        own = call.fresh()  # what a block writes into its arguments must not reach the next run
+        output = block(hidden, *own.args, **own.kwargs)
     return _hidden_of(output, hidden, block)
 
 
@@ -156,8 +157,7 @@ def check_replay(
         real = _Skeleton(model, blocks).real_output(ids, mask).double()
         for name, block, call in zip(blocks.names, blocks.modules, calls, strict=True):
             try:
-                # containers are copied, as in a sweep: blocks that write into their arguments do not get through
-                hidden = run_block(block, hidden, call.to(hidden.device))
+                hidden = run_block(block, hidden, call)
             except (TypeError, ValueError, LookupError, AttributeError) as error:
                 raise InputError(
                     f"`{name}` of {architecture(model)} does not run alone, {BY_BLOCK}: {error}"
@@ -206,12 +206,14 @@ class _Skeleton:
         self.blocks = blocks
         self.learning = learning  # run blocks of unknown classes, and the model to its end
         self.calls: list[BlockCall] = []
+        self.shape: torch.Size | None = None  # (batch, tokens)
         self.entered: Tensor | None = None  # what the first block got
         self.passed: Tensor | None = None  # what the last block that was called gave
         self.version = 0
 
     def run(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[BlockCall]]:
         """Return the hidden states that enter the first block and the call of every block."""
+        self.shape = ids.shape
         with ExitStack() as stack:
             for position, block in enumerate(self.blocks.modules):
                 stack.enter_context(_forward_replaced(block, self.noting(position, block, block.forward)))
@@ -279,7 +281,8 @@ class _Skeleton:
 
     def check(self, name: str, hidden: Any, call: BlockCall) -> None:
         """Refuse a block whose input is not what the block before it gave."""
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():
+        fitting = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.dim() == 3
+        if not fitting or hidden.shape[:2] != self.shape:
             raise self.refusal(f"gives `{name}` no hidden states (batch, tokens, hidden) as its first argument")
         if self.passed is None:
             self.entered = hidden
@@ -297,7 +300,9 @@ def _learn(model: nn.Module, blocks: Blocks, ids: Tensor) -> None:
     """Fill `blocks.returns`, and refuse a model that does more with its blocks than call each once, in order."""
     learned = False
     try:
-        _Skeleton(model, blocks, learning=True).run(ids, None)
+        _, calls = _Skeleton(model, blocks, learning=True).run(ids, None)
+        if any(call.has_store() for call in calls):
+            check_replay(model, blocks, ids)
         learned = True
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,7 @@ def call_of(args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[...
     rest = {name: None if name in CACHES else value for name, value in kwargs.items()}
     if "use_cache" in rest:
         rest["use_cache"] = False
-    # the containers are copied, because the model may go on using its own
-    return hidden, BlockCall(args, rest).changed(lambda path, tensor: tensor)
+    return hidden, BlockCall(args, rest).fresh()
 
 
 def first_parameter(forward: Callable[..., Any]) -> str:
@@ -68,12 +68,17 @@ def settle(
 
 def cast(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     """Return `tensor` on `device`, in `dtype` if it is floating; finite values (the lowest, in masks) stay so."""
-    if dtype is None or not tensor.is_floating_point() or dtype == tensor.dtype:
-        return tensor if device is None else tensor.to(device)
-    limit = torch.finfo(dtype)
-    if limit.max < torch.finfo(tensor.dtype).max:
-        tensor = torch.where(tensor.isfinite(), tensor.clamp(limit.min, limit.max), tensor)
-    return tensor.to(device=device, dtype=dtype)
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    device = tensor.device if device is None else torch.device(device)
+    if (tensor.dtype, tensor.device) == (dtype, device):
+        return tensor
+    layout = zip(tensor.shape, tensor.stride(), strict=True)
+    first = tuple(slice(0, 1) if size > 1 and not stride else slice(None) for size, stride in layout)
+    once = tensor[first]  # what `expand` repeats is not written out
+    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        limit = torch.finfo(dtype)
+        once = torch.where(once.isfinite(), once.clamp(limit.min, limit.max), once)
+    return once.to(device=device, dtype=dtype).expand_as(tensor)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,15 @@ class BlockCall:
 
         return self.changed(cut)
 
+    def fresh(self) -> BlockCall:
+        """Return the call with containers of its own, which a block may write into; the tensors are the same."""
+        return self.changed(lambda path, tensor: tensor)
+
+    def has_store(self) -> bool:
+        """Return whether an argument is an empty container: its only use is to carry something between blocks."""
+        containers = (MutableMapping, MutableSequence)
+        return any(isinstance(value, containers) and not value for value in (*self.args, *self.kwargs.values()))
+
     def tensors(self) -> dict[Path, Tensor]:
         """Return every tensor of the call by its path, such as `("args", 0)` or `("kwargs", "attention_mask")`."""
         found: dict[Path, Tensor] = {}
@@ -144,8 +158,11 @@ def _changed(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path) -
         return change(path, value)
     if isinstance(value, Cache):
         return None
-    if isinstance(value, dict):
-        return {key: _changed(part, change, (*path, key)) for key, part in value.items()}
+    if isinstance(value, MutableMapping):
+        own = copy.copy(value)
+        for key, part in value.items():
+            own[key] = _changed(part, change, (*path, key))
+        return own
     if isinstance(value, (tuple, list)):
         parts = [_changed(part, change, (*path, index)) for index, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -195,7 +212,8 @@ class _Settler:
         """Return what to keep of `tensor`, and where its sequences lie then."""
         pairwise = tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3]  # (batch, heads or 1, tokens, tokens)
         if axis == (0, 1) and pairwise and all(torch.equal(row, tensor[0]) for row in tensor[1:]):
-            axis, tensor = None, tensor[:1].clone()  # an attention mask without padding broadcasts
+            # an attention mask without padding; some models insist on its full shape, but it needs no memory for that
+            tensor = tensor[:1].clone().expand_as(tensor)
         value = cast(tensor.detach(), None, self.dtype)
         if earlier is not None and (earlier.dtype, earlier.device) == (value.dtype, value.device):
             value = earlier if torch.equal(earlier, value) else value

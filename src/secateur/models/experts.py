@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from secateur.core.errors import InputError
 
 Index = tuple[int | slice, ...]
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+NORM = "post_expert_norm"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def is_experts(module: nn.Module) -> bool:
     if module.has_bias:
         wanted |= {f"{first}_bias": 2, "down_proj_bias": 2}
     if {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)} != wanted:
+        return False
+    inside = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    if inside - ({NORM} if _has_norm(module) else set()):
         return False
     return len(inspect.signature(module.forward).parameters) == 3 and callable(getattr(module, "_apply_gate", None))
 
@@ -151,8 +155,8 @@ class UnpackedExperts(nn.Module):
             token, choice = torch.where(index == expert)
             current = hidden[token]  # (routed tokens, hidden)
             output = linears["down_proj"](self._inner(linears, current))
-            if self._packed.has_post_expert_norm:
-                output = self._packed.post_expert_norm(output)
+            if _has_norm(self._packed):
+                output = self.get_submodule(NORM)(output)
             output = output * weights[token, choice, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result.reshape(given.shape)
@@ -203,6 +207,11 @@ def pack_experts_(block: nn.Module, unpacked: list[Unpacked]) -> None:
                 _store(bias, current.bias)
         one.packed.train(module.training)
         block.set_submodule(one.path, one.packed)
+
+
+def _has_norm(experts: nn.Module) -> bool:
+    """Whether a norm follows each expert; older transformers (5.15) has no such experts."""
+    return bool(getattr(experts, f"has_{NORM}", False))
 
 
 def _as_linear(weight: Tensor, bias: Tensor | None, frozen: bool) -> nn.Linear:
