@@ -53,7 +53,8 @@ def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bo
     """
     check_code(config, where, trust_remote_code=trust_remote_code)
     for place, part in _parts(config):
-        for key, value in part.items():
+        for field, value in part.items():
+            key = str(field)  # a live configuration has numbers too, as in `id2label`
             name = f"{place}{key}"
             if key in _QUANTISED and value not in (None, {}):
                 method = value.get("quant_method") if isinstance(value, Mapping) else None
@@ -137,7 +138,7 @@ def _check_implementation(name: str, value: Any, where: str) -> None:
     for item in value.values() if isinstance(value, Mapping) else [value]:
         if item is not None and not (isinstance(item, str) and re.fullmatch(r"[a-z0-9_]+", item)):
             raise InputError(
-                f"`{name}` in `{where}` is {_short(item)}, but must be a plain name such as `sdpa`: no kernel is fetched"
+                f"`{name}` in `{where}` is {_short(item)}, but must be a plain name such as `sdpa`: kernels are not got"
             )
 
 
