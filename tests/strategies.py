@@ -18,7 +18,9 @@ def random_weight(rows: int, columns: int, seed: int = 0, scale: float = 1.0) ->
     return scale * normal * (1 + 0.3 * torch.randn(rows, columns, generator=generator).abs())
 
 
-def correlated_inputs(tokens: int, n: int, decay: float = 1.5, spread: float = 0.7, seed: int = 0, offset: float = 0.0) -> Tensor:
+def correlated_inputs(
+    tokens: int, n: int, decay: float = 1.5, spread: float = 0.7, seed: int = 0, offset: float = 0.0
+) -> Tensor:
     """Return float32 `(tokens, n)` inputs with eigenvalues k^-decay, rotated, and log-normal channel scales.
 
     Args:
@@ -37,14 +39,18 @@ def correlated_inputs(tokens: int, n: int, decay: float = 1.5, spread: float = 0
     return ((torch.randn(tokens, n, generator=generator) * spectrum) @ rotation.T + shift) * scale
 
 
-def correlated_gram(n: int, decay: float = 1.5, spread: float = 0.7, seed: int = 0, tokens: int | None = None) -> Tensor:
+def correlated_gram(
+    n: int, decay: float = 1.5, spread: float = 0.7, seed: int = 0, tokens: int | None = None
+) -> Tensor:
     """Return a float32 `(n, n)` Gram of `correlated_inputs`, a mean over `tokens` (four per feature by default)."""
     inputs = correlated_inputs(tokens or 4 * n, n, decay, spread, seed)
     return inputs.T @ inputs / inputs.shape[0]
 
 
 @st.composite
-def weights(draw: st.DrawFn, rows: st.SearchStrategy[int] | None = None, columns: st.SearchStrategy[int] | None = None) -> Tensor:
+def weights(
+    draw: st.DrawFn, rows: st.SearchStrategy[int] | None = None, columns: st.SearchStrategy[int] | None = None
+) -> Tensor:
     """A random weight; about one in four has ties, one in four has zeros."""
     weight = random_weight(draw(rows or st.integers(1, 8)), draw(columns or st.integers(1, 24)), draw(seeds))
     kind = draw(st.sampled_from(["plain", "plain", "ties", "zeros"]))
@@ -63,5 +69,7 @@ def patterns(width: int) -> st.SearchStrategy[NM | Unstructured]:
     """Patterns that a weight with `width` columns can carry."""
     divisors = [m for m in range(1, min(width, 32) + 1) if width % m == 0]
     groups = st.sampled_from(divisors).flatmap(lambda m: st.builds(NM, st.integers(0, m), st.just(m)))
-    free = st.builds(Unstructured, st.sampled_from([0.0, 0.25, 0.5, 0.7, 0.93, 1.0]), st.sampled_from([None, "row", "layer"]))
+    free = st.builds(
+        Unstructured, st.sampled_from([0.0, 0.25, 0.5, 0.7, 0.93, 1.0]), st.sampled_from([None, "row", "layer"])
+    )
     return groups | free

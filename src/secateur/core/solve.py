@@ -115,18 +115,19 @@ def _check_answer(problem: LayerProblem, pruned: Pruned, scope: Literal["row", "
 
 def _refuse_thaw(pattern: Pattern, frozen: Tensor, scope: Literal["row", "layer"], name: str) -> None:
     """Raise unless the zeros that must stay fit in the budget of the pattern, wherever it is counted."""
-    existing = float(frozen.float().mean())
-    if existing > pattern.sparsity + 1.0 / frozen.numel():
-        raise InputError(
-            f"`{name}` already has a sparsity of {existing:.4f}, above the target {pattern.sparsity:.4f}",
-            hint="raise the target, or leave the existing zeros free",
-        )
+    rows, columns = frozen.shape
     if isinstance(pattern, NM):
         parts, counts, room = "groups", frozen.reshape(-1, pattern.m).sum(1), pattern.m - pattern.n
     elif pattern.counted_over(scope) == "row":
-        parts, counts, room = "rows", frozen.sum(1), pruned_count(pattern.sparsity, frozen.shape[1])
+        parts, counts, room = "rows", frozen.sum(1), pruned_count(pattern.sparsity, columns)
     else:
-        return
+        parts, counts, room = "layers", frozen.sum().reshape(1), pruned_count(pattern.sparsity, rows * columns)
+    total = int(counts.sum())
+    if total > room * counts.numel():
+        raise InputError(
+            f"`{name}` already has a sparsity of {total / frozen.numel():.4f}, above the target {pattern.sparsity:.4f}",
+            hint="raise the target, or leave the existing zeros free",
+        )
     crowded = int((counts > room).sum())
     if crowded:
         raise InputError(
