@@ -90,7 +90,7 @@ def unpack(packed: Packed, name: str = "this tensor") -> Tensor:
     step, done = max(1, CHUNK // columns), 0
     for row in range(0, rows, step):
         bit_rows = np.unpackbits(packed_bits[row : row + step], axis=1, count=columns, bitorder="little")
-        places = np.flatnonzero(bit_rows)  # by index, as in `pack_pieces`
+        places = np.flatnonzero(bit_rows.view(np.bool_))  # by index, as in `pack_pieces`
         piece = kept[done : done + len(places)]
         if len(piece) < len(places):
             raise InputError(f"the bit mask of `{name}` keeps more than the {len(kept):,} values that are stored")
