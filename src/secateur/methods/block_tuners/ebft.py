@@ -1,0 +1,326 @@
+"""EBFT: fine-tune each sparse block until it gives the dense block's output.
+
+Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv 2402.12419.
+One block is small enough to be trained whole on a few hundred sequences, its masks fixed: no labels, one block on the
+device at a time, and the errors that its linears make together are repaired together.
+
+What differs from the published code: pruned weights are kept by masking gradients (the same trajectory, no mask in the
+forward); gradients are clipped, if at all, as they are and not while a loss scale multiplies them; no weight decay; the
+rate is larger and warmed up; every token is measured against its own size, so that a few massive activations do not
+drown the others; the best state is kept, judged on sequences that are not trained on; the target is the dense model's
+own path by default (Shin et al., "Rethinking Pruning Large Language Models", EMNLP 2024, call it global propagation).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.core.contracts import BlockTask, Tuned
+from secateur.core.errors import InputError, NumericError
+from secateur.core.method import method
+from secateur.train.masking import FixedMasks
+
+Loss = Literal["relative", "mse"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def token_errors(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """Return the reconstruction error of every token, float32 `(sequences, tokens)`.
+
+    `mse` is the mean square of `output - target` over the hidden size. `relative` divides it by the mean square of the
+    token's target: the norm in front of the next block does the same to the hidden state, and tokens with massive
+    activations, a thousand times the others' size, count like any other.
+
+    Args:
+        output: `(sequences, tokens, hidden)`.
+        target: same shape.
+        loss: `relative` or `mse`.
+    """
+    target = target.float()
+    error = (output.float() - target).square().mean(-1)
+    if loss == "relative":
+        error = error / target.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return error
+
+
+def rate_factor(done: float, share: float, warmup: float) -> float:
+    """Return what the learning rate is multiplied by: up from 0 over `warmup`, then linearly down to 0.
+
+    Args:
+        done: fraction of the training that is over before this step, 0..1.
+        share: fraction of the training that this step is.
+        warmup: fraction of the training that warms up, 0..1.
+    """
+    if done < warmup:
+        return min(1.0, (done + share) / warmup)
+    return (1 - done) / (1 - warmup)
+
+
+@method
+class EBFT:
+    """Block tuner: AdamW on the reconstruction error of the block, masks fixed, the best epoch kept.
+
+    Sequences are trained on in contiguous runs of at most `batch_size` inside a calibration batch; the runs are cut
+    once and visited in a new random order in every epoch, several short ones together making a step.
+
+    Errors (`Tuned.before`, `Tuned.after`) are means over the real tokens of the held-out sequences in the unit of
+    `loss`, and `Tuned.scale` is 1 for the relative loss; with no sequence held out they are over all of them.
+
+    Attributes:
+        epochs: passes over the calibration sequences, at most.
+        batch_size: sequences in a step.
+        learning_rate: peak rate of AdamW, for float32 weights.
+        weight_decay: of AdamW, on all that is trained.
+        betas: of AdamW.
+        warmup: fraction of all steps over which the rate rises; it then falls linearly to 0.
+        clip: largest norm of the gradient of the loss relative to the block's first error; None does not clip.
+        target: `dense_path`, the hidden states of the dense model itself, so that the drift of earlier blocks is
+            repaired too; or `dense_block`, the dense block on the sparse path's inputs, as published.
+        loss: `relative` or `mse`, see `token_errors`.
+        holdout: fraction of the sequences that only judge; rounded, so fewer than 5 sequences with 0.1 hold out none.
+        min_gain: stop when an epoch lowers the error by less than this fraction; 0 runs all epochs.
+        train_norms: also train the block's vectors (gains of norms, biases), as published.
+        autocast: bfloat16 products in forward and backward, for GPUs; weights and their state stay as they are.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
+    weight_decay: Fraction = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    warmup: Fraction = 0.1
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    target: Literal["dense_path", "dense_block"] = "dense_path"
+    loss: Loss = "relative"
+    holdout: Fraction = 0.1
+    min_gain: Fraction = 0.01
+    train_norms: bool = False
+    autocast: bool = False
+
+    @property
+    def dense_path(self) -> bool:
+        """Whether the targets are the dense model's own hidden states."""
+        return self.target == "dense_path"
+
+    def tune(self, task: BlockTask) -> Tuned:
+        """Train `task.block` in place and return what it did; zeros of the masks stay exact positive zeros.
+
+        An epoch that ends with an error that is not finite, or above the first, is undone: once the best state comes
+        back with half the rate, the second time training ends. The state left is the best of all epochs and the start.
+
+        Raises:
+            InputError: if the calibration holds no real token.
+            NumericError: if the error is not finite before any training.
+        """
+        with _only(task.block, self._trained(task)) as parameters:
+            return _Training(self, task, parameters).run()
+
+    def _trained(self, task: BlockTask) -> list[nn.Parameter]:
+        """Return the parameters to train, each once."""
+        parameters = [parameter for parameter, _ in task.masked]
+        if self.train_norms:
+            parameters += [parameter for parameter in task.block.parameters() if parameter.dim() == 1]
+        return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A contiguous run of sequences of one calibration batch, and the number of real tokens in it."""
+
+    batch: int
+    rows: slice
+    tokens: int
+
+    @property
+    def sequences(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+class _Training:
+    """One block under training."""
+
+    def __init__(self, settings: EBFT, task: BlockTask, parameters: list[nn.Parameter]) -> None:
+        self.settings = settings
+        self.task = task
+        self.parameters = parameters
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        self.masks = FixedMasks(task.masked)
+        self.masks.apply_()
+        self.training, held = _divide(task, settings.batch_size, settings.holdout)
+        self.judged = held or self.training
+        self.total = max(1, settings.epochs * sum(run.sequences for run in self.training))
+        self.seen = 0
+        self.first = 1.0
+
+    def run(self) -> Tuned:
+        """Train to the end, and leave the best state in the block."""
+        started = time.perf_counter()
+        self.first = best = self.error()
+        if not math.isfinite(best):
+            raise NumericError(
+                "the output error of the block is NaN or infinite before tuning",
+                hint="look for NaN in the weights or the calibration",
+            )
+        notes: list[str] = []
+        epochs = 0
+        if self.parameters and best > 0:
+            kept = [parameter.detach().clone() for parameter in self.parameters]
+            optimizer = self.optimizer()
+            scale, undone = 1.0, False
+            while epochs < self.settings.epochs:
+                self.epoch(optimizer, scale)
+                epochs += 1
+                error = self.error()
+                gain = 1 - error / best
+                if gain > 0:
+                    best = error
+                    _copy_(kept, self.parameters)
+                if not error <= self.first:
+                    times = error / self.first
+                    notes.append(f"epoch {epochs} ended at {times:.3g} times the first error and was undone")
+                    if undone:
+                        break
+                    undone, scale = True, 0.5
+                    _copy_(self.parameters, kept)
+                    optimizer = self.optimizer()
+                elif 0 < self.settings.min_gain and gain < self.settings.min_gain:
+                    break
+            _copy_(self.parameters, kept)
+        return Tuned(self.first, best, self.scale(), epochs, time.perf_counter() - started, tuple(notes))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.parameters,
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def epoch(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        """Take the steps of one epoch; nothing in it waits for the device."""
+        for step in _steps(self.training, self.settings.batch_size, self.task.generator):
+            tokens = sum(run.tokens for run in step)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                for run in step:
+                    torch.autograd.backward(self.loss(run) / (tokens * self.first))
+            self.masks.mask_gradients_()
+            if self.settings.clip is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+            sequences = sum(run.sequences for run in step)
+            factor = rate_factor(self.seen / self.total, sequences / self.total, self.settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * scale * factor
+            optimizer.step()
+            self.seen += sequences
+            self.task.progress(self.seen / self.total)
+
+    def loss(self, run: _Run) -> Tensor:
+        """Return the error summed over the real tokens of `run`, a float32 scalar on the device."""
+        keep = self.task.keep(run.batch)
+        target = self.task.targets[run.batch][run.rows].to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            output = self.task.call(self.task.block, run.batch, run.rows)
+        errors = token_errors(output, target, self.settings.loss)
+        if keep is not None:
+            errors = errors.masked_fill(~keep[run.rows].to(self.device, non_blocking=True), 0.0)
+        return errors.sum()
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Return the mean error over the real tokens of the sequences that judge; waits for the device once."""
+        sums = torch.stack([self.loss(run) for run in self.judged]).cpu()
+        return float(sums.double().sum()) / sum(run.tokens for run in self.judged)
+
+    @torch.no_grad()
+    def scale(self) -> float:
+        """Return the mean square of the targets that `error` is about, or 1 where it is relative already."""
+        if self.settings.loss == "relative":
+            return 1.0
+        total, count = 0.0, 0
+        for run in self.judged:
+            squares = self.task.targets[run.batch][run.rows].float().square().mean(-1)
+            keep = self.task.keep(run.batch)
+            chosen = squares if keep is None else squares[keep[run.rows].to(squares.device)]
+            total += float(chosen.sum(dtype=torch.float64))
+            count += chosen.numel()
+        return total / count
+
+
+def _divide(task: BlockTask, batch_size: int, holdout: float) -> tuple[list[_Run], list[_Run]]:
+    """Return the runs to train on and the runs held out, cut from all batches and drawn at random.
+
+    Runs without a real token are left out; at least one sequence stays to train on.
+
+    Raises:
+        InputError: if no run holds a real token.
+    """
+    cuts: list[tuple[int, int, list[int]]] = []  # batch, first sequence, real tokens of each sequence
+    for batch in range(len(task.inputs)):
+        sequences, length = task.inputs[batch].shape[:2]
+        keep = task.keep(batch)
+        real = [length] * sequences if keep is None else keep.sum(1).tolist()
+        cuts += [(batch, start, real[start : start + batch_size]) for start in range(0, sequences, batch_size)]
+    count = sum(len(real) for _, _, real in cuts)
+    left = min(round(holdout * count), count - 1)
+    training: list[_Run] = []
+    held: list[_Run] = []
+    for number in torch.randperm(len(cuts), generator=task.generator).tolist():
+        batch, start, real = cuts[number]
+        taken = min(max(left, 0), len(real))
+        left -= taken
+        for runs, first, last in ((held, 0, taken), (training, taken, len(real))):
+            tokens = sum(real[first:last])
+            if tokens:
+                runs.append(_Run(batch, slice(start + first, start + last), tokens))
+    if not training:
+        training, held = held, []
+    if not training:
+        raise InputError("the calibration holds no real token to tune on", hint="give more text, or less padding")
+    return training, held
+
+
+def _steps(runs: Sequence[_Run], batch_size: int, generator: torch.Generator) -> Iterator[list[_Run]]:
+    """Yield all `runs` in random order, as many together as hold at most `batch_size` sequences."""
+    step: list[_Run] = []
+    for number in torch.randperm(len(runs), generator=generator).tolist():
+        if step and sum(run.sequences for run in step) + runs[number].sequences > batch_size:
+            yield step
+            step = []
+        step.append(runs[number])
+    yield step
+
+
+@torch.no_grad()
+def _copy_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    for receiver, giver in zip(to, source, strict=True):
+        receiver.copy_(giver)
+
+
+@contextmanager
+def _only(block: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Let gradients reach `parameters` alone, with dropout off, and put everything back afterwards."""
+    chosen = {id(parameter) for parameter in parameters}
+    wanted = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(id(parameter) in chosen)
+        block.eval()
+        yield parameters
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, mode in modes:
+            module.training = mode
