@@ -116,16 +116,17 @@ def test_it_is_a_block_tuner_of_the_dense_path_unless_told_otherwise() -> None:
 
 
 def test_a_linear_converges_to_the_masked_least_squares() -> None:
-    block = nn.Linear(HIDDEN, HIDDEN, bias=False)
-    block.weight.data = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(3))
+    block = nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.float64)
+    block.weight.data = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     dense = block.weight.detach().clone()
-    inputs = [correlated(8, 16, 1) + torch.randn(8, 16, HIDDEN, generator=torch.Generator().manual_seed(2))]
+    noise = torch.randn(8, 16, HIDDEN, generator=torch.Generator().manual_seed(2))
+    inputs = [(correlated(8, 16, 1) + noise).double()]
     mask = torch.rand(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(4)) > 0.5
     task = task_of(block, [(block.weight, mask)], inputs)
     tune(task, epochs=200, learning_rate=3e-2, loss="mse", holdout=0.0, min_gain=0.0, batch_size=8, warmup=0.0)
-    rows = inputs[0].reshape(-1, HIDDEN).double()
-    best = refit(dense.double(), rows.T @ rows, mask, damping=0.0)
-    torch.testing.assert_close(block.weight.detach().double(), best, atol=1e-4, rtol=1e-4)
+    rows = inputs[0].reshape(-1, HIDDEN)
+    best = refit(dense, rows.T @ rows, mask, damping=0.0)
+    torch.testing.assert_close(block.weight.detach(), best, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["relative", "mse"])

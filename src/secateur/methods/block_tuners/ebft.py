@@ -34,7 +34,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def token_errors(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
-    """Return the reconstruction error of every token, float32 `(sequences, tokens)`.
+    """Return the reconstruction error of every token, `(sequences, tokens)`, float32 or wider.
 
     `mse` is the mean square of `output - target` over the hidden size. `relative` divides it by the mean square of the
     token's target: the norm in front of the next block does the same to the hidden state, and tokens with massive
@@ -45,10 +45,11 @@ def token_errors(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
         target: same shape.
         loss: `relative` or `mse`.
     """
-    target = target.float()
-    error = (output.float() - target).square().mean(-1)
+    wide = torch.promote_types(target.dtype, torch.float32)
+    target = target.to(wide)
+    error = (output.to(wide) - target).square().mean(-1)
     if loss == "relative":
-        error = error / target.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        error = error / target.square().mean(-1).clamp_min(torch.finfo(wide).tiny)
     return error
 
 
@@ -226,7 +227,7 @@ class _Training:
             self.task.progress(self.seen / self.total)
 
     def loss(self, run: _Run) -> Tensor:
-        """Return the error summed over the real tokens of `run`, a float32 scalar on the device."""
+        """Return the error summed over the real tokens of `run`, a scalar on the device."""
         keep = self.task.keep(run.batch)
         target = self.task.targets[run.batch][run.rows].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
