@@ -54,22 +54,22 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _named(kind: Kind) -> BeforeValidator:
-    """Return the check that a method is a known name of `kind`, or a mapping that has one."""
+def _named(kind: Kind, default: str | None = None) -> BeforeValidator:
+    """Return the check of a method: a known name of `kind`, or a mapping with one; without one it means `default`."""
 
     def check(value: Any) -> Any:
-        name = value.get("name") if isinstance(value, Mapping) else value
-        if isinstance(value, Mapping) and name is None:
-            raise PydanticCustomError(
-                "method", "needs a `name`", {"hint": f"write `{{name: ..., field: value}}` with the name of a {kind}"}
-            )
+        spec = {"name": default, **value} if isinstance(value, Mapping) else value
+        name = spec["name"] if isinstance(spec, dict) else spec
+        if isinstance(spec, dict) and name is None:
+            hint = f"write `{{name: ..., field: value}}` with the name of a {kind}"
+            raise PydanticCustomError("method", "needs a `name`", {"hint": hint})
         if not isinstance(name, str):
             raise PydanticCustomError("method", f"should be the name of a {kind}, or a mapping with a `name`")
         try:
             REGISTRY.find(name, kind)
         except RecipeError as error:
             raise PydanticCustomError("method", "{message}", {"message": str(error), "hint": error.hint}) from None
-        return dict(value) if isinstance(value, Mapping) else value
+        return spec
 
     return BeforeValidator(check)
 
@@ -83,8 +83,9 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(as_list)]
 PatternText = Annotated[str, BeforeValidator(_pattern)]
 Override = Annotated[str, BeforeValidator(_override)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
-PrunerSpec = Annotated[str | dict[str, Any], _named("pruner")]
+PrunerSpec = Annotated[str | dict[str, Any], _named("pruner", "sparsegpt")]
 TunerSpec = Annotated[str | dict[str, Any], _named("block tuner")]
+TuningSpec = Annotated[str | dict[str, Any], _named("block tuner", "ebft")]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Offload = Literal["ram", "disk"]

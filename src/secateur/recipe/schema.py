@@ -40,6 +40,7 @@ from secateur.recipe.fields import (
     Text,
     Texts,
     TunerSpec,
+    TuningSpec,
     also,
     as_list,
     some,
@@ -113,7 +114,7 @@ class Prune(_Calibrated):
 class Tune(_Calibrated):
     """Tune the blocks of a model that is already sparse; its zeros stay."""
 
-    method: TunerSpec = "ebft"
+    method: TuningSpec = "ebft"
     teacher: Text | None = None
     ignore: Texts = ()
 
