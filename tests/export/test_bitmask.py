@@ -363,9 +363,9 @@ def test_a_truncated_file_is_refused(packed, size):
         ({"hidden_size": 64}, r"the configuration says"),
         ({"hidden_size": 10**12}, r"hidden_size"),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, r"auto_map"),
-        ({"model_type": "no such"}, r"is no configuration"),
+        ({"model_type": "no such"}, r"cannot be loaded"),
         ({"vocab_size": "many"}, r"vocab_size"),
-        ({"num_attention_heads": 7}, r"is no configuration|can be made"),
+        ({"num_attention_heads": 7}, r"cannot be loaded"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(packed, change, message):

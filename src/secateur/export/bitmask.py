@@ -20,7 +20,6 @@ sub-folder because `AutoModel` opens any folder with a `config.json` and fills m
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -35,12 +34,13 @@ from secateur.export.packing import Packed, kept_count, pack_pieces, unpack
 from secateur.export.skeleton import empty_model, fill, tokenizer_of
 from secateur.models.fingerprint import fingerprint as content_fingerprint
 from secateur.models.pages import Mappings
+from secateur.models.quiet import quiet
 from secateur.models.safetensors_header import Header, read_header
+from secateur.models.save import save_settings, save_side, save_tokenizer
 from secateur.models.strict_json import parse
 
 WEIGHTS = "weights.secateur"
 MODEL = "model"
-SIDE = "secateur.json"
 FORMAT = "secateur-bitmask"
 VERSION = "1"
 
@@ -49,7 +49,7 @@ ENTRY = 100  # bytes that one more entry takes in the header, about
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
-def write(model: nn.Module, tokenizer: Any, folder: Path, side: dict[str, Any] | None) -> None:
+def write(model: nn.Module, tokenizer: Any, folder: Path, side: dict[str, Any] | None) -> list[str]:
     """Write `model` into `folder`, one tensor in memory at a time.
 
     Give it the temporary folder of `models/publish.py`, which makes the result appear whole or not at all.
@@ -58,7 +58,10 @@ def write(model: nn.Module, tokenizer: Any, folder: Path, side: dict[str, Any] |
         model: a model of transformers, on any device.
         tokenizer: its tokenizer, or None to leave it out.
         folder: an existing empty folder.
-        side: how the model was made, for `secateur.json`.
+        side: how the model was made, for `secateur.json`, see `models/save.py`.
+
+    Returns:
+        Notes for the report, one for each setting that could not be saved as it was.
 
     Raises:
         InputError: if the model is quantised, has no weights in memory, or is of a class that transformers lacks.
@@ -92,9 +95,12 @@ def write(model: nn.Module, tokenizer: Any, folder: Path, side: dict[str, Any] |
                     container.append(name + BITS, bits)
                 container.append(name + SHAPE, torch.tensor(tensor.shape))
             mappings.release([tensor])
-    _write_settings(model, tokenizer, folder / MODEL, architecture)
-    if side is not None:
-        (folder / SIDE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
+    (folder / MODEL).mkdir()
+    with quiet():
+        notes = save_settings(model, folder / MODEL)
+        save_tokenizer(tokenizer, folder / MODEL)
+    save_side(side, folder)
+    return notes
 
 
 def read(folder: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
@@ -124,7 +130,7 @@ def read(folder: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any
             _check_entry(header, name, packed, expected[name], weights)
             tensor = _unpacked(file, name, expected[name].shape, weights) if packed else file.get_tensor(name)
             state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-    return fill(skeleton, state, tied, folder / MODEL), tokenizer_of(folder / MODEL)
+    return fill(skeleton, state, tied, folder / MODEL), tokenizer_of(folder / MODEL, skeleton.config)
 
 
 def is_packed(folder: Path) -> bool:
@@ -177,19 +183,6 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tied[name] = owner
     return tensors, tied
-
-
-def _write_settings(model: nn.Module, tokenizer: Any, folder: Path, architecture: str) -> None:
-    """Write configuration, generation settings and tokenizer into `folder`."""
-    folder.mkdir()
-    config: Any = copy.deepcopy(model.config)
-    config.architectures = [architecture]
-    config.save_pretrained(folder)
-    settings: Any = getattr(model, "generation_config", None)
-    if settings is not None:
-        settings.to_json_file(folder / "generation_config.json")  # `save_pretrained` refuses what many models ship with
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def _header(weights: Path) -> Header:

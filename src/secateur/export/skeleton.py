@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from secateur.core.errors import InputError
 from secateur.models.config_checks import layers
-from secateur.models.folder_checks import check_settings
+from secateur.models.folder_checks import TOKENIZER_FILES, check_settings
+from secateur.models.model_checks import opening, refuse_empty_tokenizer
 from secateur.models.quiet import quiet
+
+LARGEST_TABLES = 256 << 20  # bytes of buffers that a model may make for itself, if it has few weights
 
 
 def empty_model(folder: Path, architecture: str, tensors: int) -> nn.Module:
@@ -32,20 +35,20 @@ def empty_model(folder: Path, architecture: str, tensors: int) -> nn.Module:
     raw = check_settings(folder)
     if layers(raw) > tensors:
         raise InputError(f"`{folder / 'config.json'}` states {layers(raw):,} layers for {tensors:,} tensors")
-    try:
+    where = f"`{folder / 'config.json'}`"
+    with quiet(), opening(f"the configuration {where}"):
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # every family checks its own configuration and may raise anything
-        raise InputError(f"`{folder / 'config.json'}` is no configuration: {_first_line(error)}") from error
+        config._attn_implementation = None  # a stored choice of kernels is one for another machine
     found = getattr(transformers, architecture, None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not known or getattr(found, "config_class", None) is not type(config):
         raise InputError(f"the architecture `{architecture[:80]}` does not belong to a {type(config).__name__}")
     maker: Any = found
-    try:
-        with torch.device("meta"):
-            model: nn.Module = maker(config)
-    except Exception as error:  # sizes that contradict each other raise whatever the family's code happens to
-        raise InputError(f"no {architecture} can be made from its configuration: {_first_line(error)}") from error
+    with quiet(), opening(f"the {architecture} that {where} describes"), torch.device("meta"):
+        model: nn.Module = maker(config)
+    tables, weights = (sum(tensor.nbytes for tensor in kind) for kind in (model.buffers(), model.parameters()))
+    if tables > max(LARGEST_TABLES, 4 * weights):  # these are made, not stored, so no file bounds them
+        raise InputError(f"{where} asks for {tables:,} bytes of tables beside the weights")
     return model
 
 
@@ -77,26 +80,29 @@ def fill(skeleton: nn.Module, state: Mapping[str, Tensor], tied: Mapping[str, st
     model.load_state_dict(whole, strict=True, assign=True)
     model.name_or_path = model.config.name_or_path = str(folder.parent)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        with quiet(), opening(f"`{folder / 'generation_config.json'}`"):
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     filled: nn.Module = model.eval()
     return filled
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path, config: Any) -> Any:
     """Return the tokenizer in `folder`, or None if there is none.
 
+    Args:
+        folder: checked by `empty_model`.
+        config: the model's configuration.
+
     Raises:
-        InputError: if it is damaged or needs code.
+        InputError: if it is damaged.
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as for the configuration
-        raise InputError(f"the tokenizer in `{folder}` cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    with quiet(), opening(f"the tokenizer in `{folder}`"):
+        found = AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=False
+        )
+    refuse_empty_tokenizer(found, str(folder))
+    return found

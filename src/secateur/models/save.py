@@ -62,18 +62,30 @@ def save_model(
             # only the library knows which files of code belong to the model
             model.save_pretrained(folder, max_shard_size=max_shard)  # type: ignore[operator]
         else:
-            _save_config(model, folder)
-            notes += _save_generation_config(model, folder)
+            notes += save_settings(model, folder)
             write_weights(model, folder, max_shard)
-        if tokenizer is not None:
-            faults.hit("save.tokenizer")
-            _save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
+    save_side(side, folder)
+    return notes
+
+
+def save_settings(model: nn.Module, folder: Path) -> list[str]:
+    """Write configuration and generation configuration, and return a note for what could not be saved as it was.
+
+    Raises:
+        InputError: the configuration is not valid.
+    """
+    _save_config(model, folder)
+    return _save_generation_config(model, folder)
+
+
+def save_side(side: Mapping[str, Any] | None, folder: Path) -> None:
+    """Write `secateur.json` as `save_model` does; nothing for None."""
     if side is not None:
         faults.hit("save.side")
         content = {"format_version": SIDE_VERSION, "versions": _versions(), **side}
         text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / SIDE_FILE).write_text(text + "\n", encoding="utf-8")
-    return notes
 
 
 def _brings_code(model: nn.Module) -> bool:
@@ -126,7 +138,16 @@ def _without_sampling(original: Any) -> Any:
     return kept
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the files of a tokenizer; nothing for None.
+
+    Raises:
+        InputError: the tokenizer cannot be saved.
+        OSError: the disk is full or read-only.
+    """
+    if tokenizer is None:
+        return
+    faults.hit("save.tokenizer")
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
