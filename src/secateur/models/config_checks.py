@@ -138,7 +138,7 @@ def _check_implementation(name: str, value: Any, where: str) -> None:
     for item in value.values() if isinstance(value, Mapping) else [value]:
         if item is not None and not (isinstance(item, str) and re.fullmatch(r"[a-z0-9_]+", item)):
             raise InputError(
-                f"`{name}` in `{where}` is {_short(item)}, but must be a plain name such as `sdpa`: kernels are not got"
+                f"`{name}` in `{where}` is {_short(item)}, but must be a name like `sdpa`: kernels are not fetched"
             )
 
 
