@@ -50,7 +50,9 @@ def assign(
         wanted.fit(linear.out_features, linear.in_features, linear.name)
         chosen[linear.name] = wanted
     if not chosen:
-        raise RecipeError("no linear is left to prune", hint="look at `ignore` and `overrides`; `secateur inspect` lists the names")
+        raise RecipeError(
+            "no linear is left to prune", hint="look at `ignore` and `overrides`; `secateur inspect` lists the names"
+        )
     return chosen
 
 
@@ -59,9 +61,7 @@ def divides_model(patterns: Iterable[Pattern]) -> bool:
     return any(isinstance(pattern, Unstructured) and pattern.scope == "model" for pattern in patterns)
 
 
-def divide(
-    patterns: Mapping[str, Pattern], scores: Callable[[], Iterable[tuple[str, Tensor]]]
-) -> dict[str, Pattern]:
+def divide(patterns: Mapping[str, Pattern], scores: Callable[[], Iterable[tuple[str, Tensor]]]) -> dict[str, Pattern]:
     """Return `patterns` with every `model` budget divided into exact budgets per layer.
 
     One threshold over all scores of the model: each linear loses what lies below it. Scores are compared by the upper 16
@@ -75,7 +75,11 @@ def divide(
     Raises:
         PatternError: if different `model` budgets are asked for at once.
     """
-    shared = {name: pattern for name, pattern in patterns.items() if isinstance(pattern, Unstructured) and pattern.scope == "model"}
+    shared = {
+        name: pattern
+        for name, pattern in patterns.items()
+        if isinstance(pattern, Unstructured) and pattern.scope == "model"
+    }
     if not shared:
         return dict(patterns)
     targets = {pattern.sparsity for pattern in shared.values()}  # type: ignore[union-attr]

@@ -83,7 +83,13 @@ class Journal:
         """Number of blocks that are done, counted from the first without a gap."""
         return len(self._lines)
 
-    def add(self, weights: Mapping[str, Tensor], masks: Masks, report: Mapping[str, Any], hidden: Mapping[str, Sequence[Tensor]]) -> Finished:
+    def add(
+        self,
+        weights: Mapping[str, Tensor],
+        masks: Masks,
+        report: Mapping[str, Any],
+        hidden: Mapping[str, Sequence[Tensor]],
+    ) -> Finished:
         """Store the next block and the hidden states that leave it.
 
         Args:
@@ -145,9 +151,15 @@ class Journal:
                 hint="go on with --resume, or start again with --overwrite",
             )
         if known is None:
-            for leftover in [*self.folder.glob("block-*"), *self.folder.glob("hidden-*"), *self.folder.glob("journal*")]:
+            for leftover in [
+                *self.folder.glob("block-*"),
+                *self.folder.glob("hidden-*"),
+                *self.folder.glob("journal*"),
+            ]:
                 leftover.unlink()
-            _write_atomically(identity, json.dumps({"format": FORMAT, **self.identity}, indent=1, sort_keys=True).encode())
+            _write_atomically(
+                identity, json.dumps({"format": FORMAT, **self.identity}, indent=1, sort_keys=True).encode()
+            )
             return
         wanted = {"format": FORMAT, **self.identity}
         differing = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
@@ -161,7 +173,9 @@ class Journal:
             temporary.unlink()
         for number, line in enumerate(_read_lines(self.folder / "journal.jsonl")):
             if line.get("block") != number or _digest(self._block_file(number)) != line.get("sha256"):
-                self.warnings.append(f"the stored block {number} is damaged or missing; it and all later blocks are done again")
+                self.warnings.append(
+                    f"the stored block {number} is damaged or missing; it and all later blocks are done again"
+                )
                 break
             self._lines.append(line)
         self._rewrite_lines()
@@ -196,7 +210,8 @@ class Journal:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise ResourceError(
-                f"`{path}` ({size} bytes) could not be written: {error}", hint="free disk space; then go on with --resume"
+                f"`{path}` ({size} bytes) could not be written: {error}",
+                hint="free disk space; then go on with --resume",
             ) from error
         return digest
 

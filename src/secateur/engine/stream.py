@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import mmap
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,8 +12,6 @@ from torch import Tensor, nn
 from secateur.models.blocks import Blocks
 from secateur.models.experts import Unpacked, pack_experts_, unpack_experts_
 from secateur.models.linears import LinearView, find_linears
-
-MADV_DONTNEED = 4
 
 
 @dataclass
@@ -44,7 +39,9 @@ def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and stored != torch.float64 else stored
 
 
-def borrow(blocks: Blocks, index: int, device: torch.device, dtype: torch.dtype, ignore: tuple[str, ...] = ()) -> WorkingBlock:
+def borrow(
+    blocks: Blocks, index: int, device: torch.device, dtype: torch.dtype, ignore: tuple[str, ...] = ()
+) -> WorkingBlock:
     """Return a working copy of block `index`; the model is left as it is.
 
     Args:
@@ -90,32 +87,3 @@ def write_back_(original: nn.Module, weights: Mapping[str, Tensor], *, assign: b
         else:
             with torch.no_grad():
                 parameters[name].copy_(value)
-
-
-def release_pages(module: nn.Module) -> None:
-    """Tell the system that the memory-mapped parameters of `module` need not stay resident; they are read again on use.
-
-    Only touches parameters that lie in private, file-backed mappings and only where nothing was written to them, which
-    the caller must know: a written page would fall back to the file's content. Does nothing outside Linux.
-    """
-    if sys.platform != "linux":
-        return
-    ranges = _file_backed_ranges()
-    advise = ctypes.CDLL(None, use_errno=True).madvise
-    for parameter in module.parameters():
-        start, size = parameter.data_ptr(), parameter.nbytes
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and any(low <= first and last <= high for low, high in ranges):
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
-
-
-def _file_backed_ranges() -> list[tuple[int, int]]:
-    """Return the address ranges of this process that map files; anonymous memory, which holds the only copy, is not among them."""
-    ranges: list[tuple[int, int]] = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123 - not a real file
-        for line in lines:
-            if " /" in line:
-                low, _, high = line.split(" ", 1)[0].partition("-")
-                ranges.append((int(low, 16), int(high, 16)))
-    return ranges

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,54 +31,23 @@ from secateur.core.problem import LayerProblem
 from secateur.core.progress import Progress, Silent, step
 from secateur.core.solve import solve
 from secateur.engine.activations import Activations, Offload
+from secateur.engine.groups import Group, Groups
 from secateur.engine.journal import Journal, generator_for
 from secateur.engine.lanes import in_step
-from secateur.engine.statistics import LayerStats
+from secateur.engine.reports import BlockReport, LayerReport, SweepReport, from_json, kept_line, to_json
 from secateur.engine.stream import (
     WorkingBlock,
     borrow,
     changed_parameters,
     compute_dtype,
-    release_pages,
     write_back_,
 )
 from secateur.models.blocks import Blocks, capture, find_blocks, run_block
 from secateur.models.calls import BlockCall
 from secateur.models.linears import LinearView, find_all_linears
+from secateur.models.pages import Mappings
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One pruned linear: relative losses are fractions of the loss of the all-zero weight."""
-
-    name: str
-    block: int
-    shape: tuple[int, int]
-    sparsity: float
-    pattern: str
-    loss_before: float | None
-    loss_after: float | None
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """One block: its linears, and what tuning did to its output error (mean squared; None without a tuner)."""
-
-    index: int
-    layers: tuple[LayerReport, ...]
-    tuned: Tuned | None
-    seconds: float
-
-
-@dataclass
-class SweepReport:
-    """What a sweep did; `masks` are those of all linears that it pruned or kept sparse."""
-
-    blocks: list[BlockReport] = field(default_factory=list)
-    masks: Masks = field(default_factory=Masks)
-    warnings: list[str] = field(default_factory=list)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -99,7 +68,7 @@ class Sweep:
         device: where blocks are computed.
         offload: where hidden states wait.
         batch_tokens: tokens of one calibration batch.
-        mapped: parameters are file-backed and unwritten, so their pages may be given back (`stream.release_pages`).
+        ignore: linears that are not even looked at (also matrices of kinds that are not known), see `models.linears.match`.
         deadline: `time.monotonic()` after which the sweep stops at a block boundary.
     """
 
@@ -112,10 +81,10 @@ class Sweep:
     guard: bool = True
     freeze_zeros: bool = False
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     offload: Offload = "ram"
     batch_tokens: int = 8192
-    mapped: bool = False
+    ignore: tuple[str, ...] = ()
     deadline: float | None = None
 
     def run(
@@ -167,7 +136,10 @@ class Sweep:
         if not self.pruner.needs:
             for linear in find_all_linears(model):
                 if linear.name in self.patterns:
-                    yield linear.name, self.pruner.score(LayerProblem(linear.read().float(), self.patterns[linear.name]))
+                    yield (
+                        linear.name,
+                        self.pruner.score(LayerProblem(linear.read().float(), self.patterns[linear.name])),
+                    )
             return
         yield from _Run(self, model, ids, keep, None, None, progress or Silent()).scores(self.pruner)
 
@@ -212,13 +184,14 @@ class _Run:
         """Fill the stores with what enters block 0, and remember what else the blocks are called with."""
         with step(self.progress, "embedding the calibration text", len(self.ids)) as number:
             for batch, ids in enumerate(self.ids):
-                like = self.calls[0] if self.calls else None
+                like = self.calls[-1] if self.calls else None
                 hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch], dtype=self.dtype, like=like)
                 self.calls.append(calls)
                 self.sparse[batch] = hidden.to(self.dtype)
                 if self.dense_path:
                     self.dense[batch] = hidden.to(self.dtype)
                 self.progress.advance(number, 1)
+        Mappings().release(self.model.parameters())
 
     @torch.no_grad()
     def run(self) -> SweepReport:
@@ -230,7 +203,9 @@ class _Run:
             self.progress.advance(number, start)
             for index in range(start, count):
                 if self.settings.deadline is not None and time.monotonic() > self.settings.deadline and index > start:
-                    raise TimeLimitReached(f"the time limit was reached after {index} of {count} blocks", hint="go on with --resume")
+                    raise TimeLimitReached(
+                        f"the time limit was reached after {index} of {count} blocks", hint="go on with --resume"
+                    )
                 hit("sweep.block")
                 try:
                     self.block(index, lambda part: self.progress.advance(number, part), last=index == count - 1)
@@ -245,7 +220,7 @@ class _Run:
         with step(self.progress, "scoring", len(self.blocks.names)) as number:
             for index in range(len(self.blocks.names)):
                 with torch.no_grad():
-                    work = borrow(self.blocks, index, self.settings.device, self.dtype)
+                    work = self.work(index)
                     chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
                     for linear, group in self.observe(work, chosen):
                         yield linear.name, pruner.score(self.problem(linear, group))
@@ -254,7 +229,9 @@ class _Run:
                 self.progress.advance(number, 1)
 
     def title(self) -> str:
-        doing = [word for word, active in (("pruning", self.settings.pruner), ("tuning", self.settings.tuner)) if active]
+        doing = [
+            word for word, active in (("pruning", self.settings.pruner), ("tuning", self.settings.tuner)) if active
+        ]
         return " and ".join(doing) or "walking"
 
     def catch_up(self) -> int:
@@ -269,9 +246,9 @@ class _Run:
                 self.forward(self.dense_work(index), self.dense, self.dense)
             finished = self.journal.read(index)
             write_back_(self.blocks.modules[index], finished.weights, assign=True)
-            self.account(_report_from(finished.report), finished.masks)
+            self.account(from_json(finished.report), finished.masks)
             if not whole:
-                self.forward(borrow(self.blocks, index, self.settings.device, self.dtype), self.sparse, self.sparse)
+                self.forward(self.work(index), self.sparse, self.sparse)
                 self.release(index)
         if whole:
             for path, store in self.paths().items():
@@ -286,7 +263,7 @@ class _Run:
         """Do one block, from the copy to the journal."""
         started = time.perf_counter()
         tuner = self.settings.tuner
-        work = borrow(self.blocks, index, self.settings.device, self.dtype)
+        work = self.work(index)
         dense = self.dense_work(index) if self.teacher is not None or self.settings.error_correction else None
         targets: Activations | None = None
         if tuner is not None:
@@ -319,7 +296,10 @@ class _Run:
             self.forward(work, self.sparse, self.sparse)
         elif not last:
             self.sparse = outputs
-        self.finish(work, BlockReport(index, tuple(layers), tuned, time.perf_counter() - started), masks)
+        zeros = sum(int((linear.read() == 0).sum()) for linear in work.linears)
+        size = sum(linear.read().numel() for linear in work.linears)
+        seconds = time.perf_counter() - started
+        self.finish(work, BlockReport(index, tuple(layers), tuned, seconds, zeros, size), masks)
 
     def outputs_are_final(self) -> bool:
         """Whether the pruning pass itself computed the pruned block's outputs."""
@@ -336,11 +316,11 @@ class _Run:
         if pruner is None:
             for linear in chosen:
                 masks[linear.name] = linear.read() != 0
-                reports.append(_kept(linear, masks[linear.name], str(self.settings.patterns[linear.name])))
+                reports.append(kept_line(linear, masks[linear.name], str(self.settings.patterns[linear.name])))
             advance(1.0)
             return reports, masks
 
-        def solved(linear: LinearView, group: _Group) -> None:
+        def solved(linear: LinearView, group: Group) -> None:
             report, mask = self.solve(linear, group, pruner)
             reports.append(report)
             masks[linear.name] = mask
@@ -363,10 +343,10 @@ class _Run:
         dense: WorkingBlock | None,
         chosen: Sequence[LinearView],
         outputs: Activations,
-        solved: Callable[[LinearView, _Group], None],
+        solved: Callable[[LinearView, Group], None],
     ) -> None:
         """Prune each linear when all batches wait before it; see `engine/lanes.py`."""
-        groups = _Groups(self, len(self.ids))
+        groups = Groups(self.wanted(), self.settings.device, self.keeps)
         forwards = [self.lane(work, self.sparse, batch) for batch in range(len(self.ids))]
         stop = len(chosen) if self.settings.tuner is not None else None
         if self.settings.error_correction and dense is not None:
@@ -391,7 +371,7 @@ class _Run:
         dense: WorkingBlock,
         chosen: Sequence[LinearView],
         outputs: Activations,
-        solved: Callable[[LinearView, _Group], None],
+        solved: Callable[[LinearView, Group], None],
     ) -> None:
         """As `prune_in_step`, with every batch's dense path running in step beside its sparse path.
 
@@ -402,7 +382,7 @@ class _Run:
                 f"error correction compares the two paths token by token, but the experts of `{work.name}` see different tokens",
                 hint="leave out `error_correction`",
             )
-        groups = _Groups(self, len(self.ids))
+        groups = Groups(self.wanted(), self.settings.device, self.keeps)
         twins: dict[int, Tensor] = {}
         pairs = {linear.name: linear for linear in chosen}
         forwards: list[Callable[[], Tensor]] = []
@@ -430,10 +410,10 @@ class _Run:
             also=dense_chosen,
         )
 
-    def observe(self, work: WorkingBlock, chosen: Sequence[LinearView]) -> list[tuple[LinearView, _Group]]:
+    def observe(self, work: WorkingBlock, chosen: Sequence[LinearView]) -> list[tuple[LinearView, Group]]:
         """Return the statistics of all `chosen` linears with the block's weights as they are, as published code takes them."""
-        groups = _Groups(self, len(self.ids))
-        by_linear: dict[str, _Group] = {}
+        groups = Groups(self.wanted(), self.settings.device, self.keeps)
+        by_linear: dict[str, Group] = {}
         for batch in range(len(self.ids)):
 
             def arrive(_: int, linear: LinearView, given: Tensor, batch: int = batch) -> None:
@@ -450,7 +430,7 @@ class _Run:
             )
         return [(linear, by_linear[linear.name]) for linear in chosen]
 
-    def solve(self, linear: LinearView, group: _Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
+    def solve(self, linear: LinearView, group: Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
         """Prune one linear of the working copy, in its storage dtype's precision."""
         hit("sweep.solve")
         problem = self.problem(linear, group)
@@ -472,7 +452,7 @@ class _Run:
         )
         return report, mask
 
-    def problem(self, linear: LinearView, group: _Group) -> LayerProblem:
+    def problem(self, linear: LinearView, group: Group) -> LayerProblem:
         """Return the layer problem of `linear` with the statistics of its inputs."""
         dense = linear.read().float()
         if not bool(torch.isfinite(dense).all()):
@@ -529,7 +509,7 @@ class _Run:
         weights = changed_parameters(work, original)
         self.release(work.index)  # the old weights' pages, before other tensors take their place
         if self.journal is not None:
-            finished = self.journal.add(weights, masks, _json_report(report), self.paths())
+            finished = self.journal.add(weights, masks, to_json(report), self.paths())
             write_back_(original, finished.weights, assign=True)
         else:
             write_back_(original, weights, assign=False)
@@ -537,13 +517,16 @@ class _Run:
         self.account(report, masks)
 
     def release(self, index: int) -> None:
-        if self.settings.mapped:
-            release_pages(self.blocks.modules[index])
-            if self.teacher is not None:
-                release_pages(self.teacher.modules[index])
+        """Give back the memory of a block that is not needed for a while, where it is a mapped file."""
+        mappings = Mappings()
+        mappings.release(self.blocks.modules[index].parameters())
+        if self.teacher is not None:
+            mappings.release(self.teacher.modules[index].parameters())
 
     def account(self, report: BlockReport, masks: Masks) -> None:
         self.report.blocks.append(report)
+        self.report.zeros += report.zeros
+        self.report.size += report.size
         for name, mask in masks.items():
             self.report.masks[name] = mask
 
@@ -563,7 +546,11 @@ class _Run:
 
     def dense_work(self, index: int) -> WorkingBlock:
         """Return a copy of the dense block: the teacher's, or the model's own before it is pruned."""
-        return borrow(self.teacher or self.blocks, index, self.settings.device, self.dtype)
+        return self.work(index, self.teacher)
+
+    def work(self, index: int, blocks: Blocks | None = None) -> WorkingBlock:
+        """Return a working copy of block `index` of the model, or of other `blocks`."""
+        return borrow(blocks or self.blocks, index, self.settings.device, self.dtype, self.settings.ignore)
 
     def lane(self, work: WorkingBlock, inputs: Activations, batch: int) -> Callable[[], Tensor]:
         """Return the forward of `batch` through `work`, to be run later."""
@@ -591,88 +578,3 @@ class _Run:
         if self.settings.error_correction:
             wanted.add("cross")
         return wanted
-
-
-class _Group:
-    """The statistics that linears with one input share."""
-
-    def __init__(self, in_features: int, wanted: set[str], device: torch.device) -> None:
-        self.stats = LayerStats(in_features, wanted, device)
-        self.shared: dict[object, object] = {}
-        self._means: dict[str, Tensor] | None = None
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Return the means over tokens that were asked for; without any token, those of white inputs."""
-        if self._means is None:
-            found = {name: getattr(self.stats, name) for name in ("gram", "diag", "mean", "cross")}
-            self._means = {name: value for name, value in found.items() if value is not None}
-            if self.stats.count == 0:
-                for name, value in self._means.items():
-                    value.zero_() if name == "mean" else value.diagonal().fill_(1.0) if value.dim() == 2 else value.fill_(1.0)
-        return self._means
-
-
-class _Groups:
-    """Finds out which linears share their input, by the identity of the tensor they are given."""
-
-    def __init__(self, run: _Run, batches: int) -> None:
-        self.run = run
-        self.last: list[Tensor | None] = [None] * batches
-        self.current = _Group(0, set(), run.settings.device)
-        self.known: dict[str, _Group] = {}
-        self.owner: list[_Group | None] = [None] * batches
-
-    def arrive(
-        self, batch: int, linear: LinearView, given: Tensor, dense: Tensor | None, forget: bool = True
-    ) -> _Group:
-        """Count the inputs of `linear` in `batch`, once for all linears that share them; return their group."""
-        same = self.last[batch] is given
-        self.last[batch] = given
-        group = self.owner[batch] if same else self.known.get(linear.name)
-        if group is None:
-            # the first batch to arrive with a new input opens its group; the others join under the linear's name
-            if forget:
-                self.known.clear()
-            group = _Group(linear.in_features, self.run.wanted(), self.run.settings.device)
-        self.known[linear.name] = group
-        if not same:
-            self.check(batch, linear, given)
-            keep = self.run.keeps[batch]
-            group.stats.update(given, dense, None if keep is None else keep.to(given.device))
-        self.owner[batch] = group
-        self.current = group
-        return group
-
-    def check(self, batch: int, linear: LinearView, given: Tensor) -> None:
-        """Refuse inputs that no statistic could be made of."""
-        if not bool(torch.isfinite(given).all()):
-            raise NumericError(f"the inputs of `{linear.name}` hold NaN or infinity", where=f"batch {batch}")
-        keep = self.run.keeps[batch]
-        if keep is not None and given.numel() != keep.numel() * given.shape[-1]:
-            raise InputError(
-                f"`{linear.name}` sees some of the tokens only, so padding cannot be told apart in its inputs",
-                hint="calibrate mixtures of experts with samples of one length",
-            )
-
-
-def _kept(linear: LinearView, mask: Tensor, pattern: str) -> LayerReport:
-    """Return the report line of a linear whose zeros were taken as they are."""
-    shape = (mask.shape[0], mask.shape[1])
-    return LayerReport(linear.name, linear.block, shape, 1 - int(mask.sum()) / mask.numel(), pattern, None, None, 0.0)
-
-
-def _json_report(report: BlockReport) -> dict[str, object]:
-    return asdict(report)
-
-
-def _report_from(stored: Mapping[str, object]) -> BlockReport:
-    """Return the report that `_json_report` stored."""
-    values = dict(stored)
-    layers = tuple(
-        LayerReport(**{**layer, "shape": tuple(layer["shape"]), "notes": tuple(layer["notes"])})
-        for layer in values["layers"]  # type: ignore[attr-defined]
-    )
-    tuned = values["tuned"]
-    if isinstance(tuned, dict):
-        tuned = Tuned(**{**tuned, "notes": tuple(tuned["notes"])})
-    return BlockReport(values["index"], layers, tuned, values["seconds"])  # type: ignore[arg-type]

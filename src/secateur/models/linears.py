@@ -167,6 +167,16 @@ def find_outside_linears(model: nn.Module, patterns: Sequence[str], blocks: Bloc
     return views
 
 
+def sparsity(model: nn.Module) -> float:
+    """Return the fraction of zeros over all linears of the blocks, 0..1."""
+    zeros = size = 0
+    for linear in find_all_linears(model):
+        weight = linear.read()
+        zeros += weight.numel() - int(torch.count_nonzero(weight))
+        size += weight.numel()
+    return zeros / size if size else 0.0
+
+
 def unknown_matrices(block: nn.Module, name: str = "") -> list[str]:
     """Return the names of the matrices in `block` that are of no known kind.
 

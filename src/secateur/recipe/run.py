@@ -24,6 +24,7 @@ from typing import Any
 from secateur.core.errors import ResourceError, StateError
 from secateur.core.faults import hit
 from secateur.core.progress import Progress, Silent
+from secateur.core.versions import versions
 from secateur.recipe import stages
 from secateur.recipe.report import write_report
 from secateur.recipe.schema import Recipe, Step
@@ -75,7 +76,7 @@ def run(
             "title": recipe.title or f"{recipe.model}",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "recipe": resolved,
-            "versions": stages.versions(),
+            "versions": versions(),
             "stages": done,
             "samples": samples or [],
             "outputs": _outputs(done, output),
@@ -103,11 +104,15 @@ def _run_stage(
         if step.kind == "tune" and arguments.get("teacher") is None:
             arguments["teacher"] = recipe.model
         # a stage that was published but not yet written down is done again: its folder may be replaced
-        report = getattr(stages, step.kind)(model, output=folder, resume=True, overwrite=True, progress=show, **arguments).report
+        report = getattr(stages, step.kind)(
+            model, output=folder, resume=True, overwrite=True, progress=show, **arguments
+        ).report
         return dict(report)
     if step.kind == "export":
         return stages.export(model, output=folder, overwrite=True, **arguments)
-    return stages.evaluate(model, progress=show, **{"label": _label(done), **{k: v for k, v in arguments.items() if v is not None}})
+    return stages.evaluate(
+        model, progress=show, **{"label": _label(done), **{k: v for k, v in arguments.items() if v is not None}}
+    )
 
 
 def _label(done: list[dict[str, Any]]) -> str:
@@ -142,7 +147,9 @@ def _run_folder(output: Path, digest: str, resolved: dict[str, Any], resume: boo
             with _locked(output):
                 shutil.rmtree(output)
         elif not resume:
-            raise StateError(f"`{output}` holds an earlier run", hint="go on with --resume, or replace it with --overwrite")
+            raise StateError(
+                f"`{output}` holds an earlier run", hint="go on with --resume, or replace it with --overwrite"
+            )
         elif earlier and earlier.get("digest") != digest:
             keys = ", ".join(_differing(earlier.get("recipe", {}), resolved)[:6])
             raise StateError(

@@ -1,0 +1,306 @@
+"""One call of `prune` or `tune`: its model opened and identified, the sweep run, the result published and reported."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import InputError, RecipeError, StateError
+from secateur.core.mask import Masks
+from secateur.core.progress import Progress, Silent
+from secateur.core.versions import versions
+from secateur.data.calibration import Calibration, from_ids, from_texts, sample
+from secateur.data.text import load_text
+from secateur.engine.budget import divide, divides_model
+from secateur.engine.journal import Journal
+from secateur.engine.memory import peak_memory, plan_memory
+from secateur.engine.reports import BlockReport, SweepReport
+from secateur.engine.stream import compute_dtype
+from secateur.engine.sweep import Sweep
+from secateur.models.blocks import find_blocks
+from secateur.models.files import Loaded, Source, save_model
+from secateur.models.publish import publish
+from secateur.recipe.opening import device_of, load
+
+
+class Result(NamedTuple):
+    """What `prune` and `tune` return.
+
+    Attributes:
+        model: the model, eval mode.
+        report: plain JSON values: sparsity, seconds, peak memory, layers, blocks, warnings.
+    """
+
+    model: nn.Module
+    report: dict[str, Any]
+
+
+class Job:
+    """The model of one call: opened, identified, and published at the end."""
+
+    def __init__(self, stage: str, model: Any, tokenizer: Any, teacher: Any, options: Mapping[str, Any]) -> None:
+        self.started = time.perf_counter()
+        self.stage = stage
+        self.options = options
+        self.progress: Progress = options.get("progress") or Silent()
+        self.device = device_of(options.get("device"))
+        self.warnings: list[str] = []
+        minutes = options.get("max_minutes")
+        if minutes is not None and options.get("output") is None:
+            raise RecipeError("`max_minutes` needs an `output`, where the unfinished run can wait")
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.side: dict[str, Any] | None = None
+        if isinstance(model, nn.Module):
+            self.source: Source | None = None
+            self.spec = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+            self.model = model if options.get("inplace") else copy.deepcopy(model)
+            self.tokenizer = tokenizer
+        else:
+            loaded = self._load(model)
+            self.source, self.model, self.spec = loaded.source, loaded.model, str(model)
+            self.tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
+            self.side = _side_file(loaded.source)
+        self.model.eval()
+        self.teacher = self._teacher(teacher) if stage == "tune" else None
+
+    def _load(self, spec: Any) -> Loaded:
+        loading = ("dtype", "allow_pickle", "trust_remote_code", "revision")
+        return load(spec, **{name: self.options[name] for name in loading if name in self.options})
+
+    def _teacher(self, teacher: Any) -> nn.Module:
+        if isinstance(teacher, nn.Module):
+            return teacher.eval()
+        if teacher is None:
+            base = (self.side or {}).get("base_model", {}).get("spec")
+            if not base:
+                raise InputError(
+                    "the dense model that this one was pruned from is not known", hint="name it with --teacher MODEL"
+                )
+            teacher = base
+        return self._load(teacher).model
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this model from any other."""
+        if self.source is not None:
+            return {"spec": self.spec, "fingerprint": self.source.fingerprint}
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+        return {"spec": self.spec, "fingerprint": digest.hexdigest()}
+
+    def need_tokenizer(self, purpose: str) -> Any:
+        """Return the tokenizer, or say that `purpose` needs one."""
+        if self.tokenizer is None:
+            raise InputError(
+                f"a tokenizer is needed to {purpose}", hint="pass `tokenizer`, or token ids instead of a text"
+            )
+        return self.tokenizer
+
+    def calibration(self, *, needed: bool) -> Calibration:
+        """Return the calibration tokens; a single token where none are needed and none were given."""
+        options = self.options
+        given = options.get("calibration")
+        config = self.model.config.get_text_config()
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        limit = getattr(config, "max_position_embeddings", None)
+        if given is None:
+            if needed:
+                raise RecipeError(
+                    "`calibration` is missing: this method looks at data", hint="for example --calibration wikitext2"
+                )
+            return from_ids(torch.zeros(1, 2, dtype=torch.int64), vocabulary=vocabulary)
+        if isinstance(given, Calibration):
+            return given
+        if isinstance(given, Tensor):
+            return from_ids(given, vocabulary=vocabulary, max_positions=limit)
+        choice = {
+            "samples": options["samples"],
+            "length": options["length"],
+            "seed": options["seed"],
+            "vocabulary": vocabulary,
+            "max_positions": limit,
+        }
+        words = self.need_tokenizer("calibrate on text")
+        if isinstance(given, str | Path):
+            text = load_text(str(given), field=options["field"], skip_bad=options["skip_bad"])
+            return sample(text, words, **choice)
+        return from_texts(list(given), words, **choice)
+
+    def run(self, sweep: Sweep, data: Calibration, settings: dict[str, Any], teacher: nn.Module | None) -> Result:
+        """Sweep, publish, report."""
+        options = self.options
+        blocks = find_blocks(self.model)
+        dtype = compute_dtype(self.model, self.device)
+        hidden = self.model.config.get_text_config().hidden_size
+        plan = plan_memory(blocks, sweep, *data.ids.shape, hidden, dtype)
+        report: dict[str, Any] = {
+            "stage": self.stage,
+            "model": self.spec,
+            "output": None if options["output"] is None else str(options["output"]),
+            **settings,
+            "calibration": {
+                "source": data.source,
+                "samples": data.ids.shape[0],
+                "length": data.ids.shape[1],
+                "tokens": data.tokens,
+                "digest": data.digest,
+            },
+            "seed": options["seed"],
+            "device": str(self.device),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "planned_memory_bytes": plan.total,
+            "memory_plan": {**plan.host, **plan.device},
+            "versions": versions(),
+        }
+        plan.refuse_if_short(options["memory_limit"])
+        if options["dry_run"]:
+            return Result(self.model, {**report, "dry_run": True, "linears": len(sweep.patterns)})
+        if divides_model(sweep.patterns.values()):
+            shares = divide(
+                sweep.patterns, lambda: sweep.scores(self.model, data.ids, data.keep, progress=self.progress)
+            )
+            sweep = replace(sweep, patterns=shares)
+        identity = {
+            "stage": self.stage,
+            **settings,
+            "model": self.identity() if options["output"] is not None else {},
+            "teacher": None if teacher is None else str(options.get("teacher")),
+            "calibration": report["calibration"],
+            "seed": options["seed"],
+            "dtype": report["dtype"],
+            "device": self.device.type,
+            "batch_tokens": options["batch_tokens"],
+            "versions": report["versions"],
+        }
+        output = None if options["output"] is None else Path(options["output"])
+        if output is None:
+            done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, progress=self.progress)
+        else:
+            done = self._run_and_publish(sweep, data, identity, teacher, output)
+        self.warnings += [*data.notes, *done.warnings]
+        layers = [
+            {**asdict(layer), "shape": list(layer.shape), "notes": list(layer.notes)}
+            for block in done.blocks
+            for layer in block.layers
+        ]
+        report |= {
+            "sparsity": done.sparsity,
+            "seconds": time.perf_counter() - self.started,
+            "peak_memory_bytes": peak_memory(self.device),
+            "layers": layers,
+            "blocks": [_block_line(block) for block in done.blocks],
+            "warnings": self.warnings,
+        }
+        return Result(self.model, report)
+
+    def _run_and_publish(
+        self, sweep: Sweep, data: Calibration, identity: dict[str, Any], teacher: nn.Module | None, output: Path
+    ) -> SweepReport:
+        options = self.options
+        state = state_folder(output)
+        if options["overwrite"] and not options["resume"] and state.exists():
+            forget(state)
+        journal = Journal(state, identity, resume=options["resume"])
+        try:
+            done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, journal=journal, progress=self.progress)
+            if options["strict"] and done.warnings:
+                raise StateError(
+                    f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
+                )
+            with publish(output, options["overwrite"] or options["resume"]) as folder:
+                save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
+        except BaseException:
+            journal.close(remove=False)
+            raise
+        journal.close(remove=True)
+        return done
+
+    def _side(self, identity: dict[str, Any], done: SweepReport, sweep: Sweep) -> dict[str, Any]:
+        """Return the content of `secateur.json`: only what decides the result, so that equal runs write equal bytes."""
+        base = (self.side or {}).get("base_model") if self.stage == "tune" else None
+        weights = {
+            layer.name: {"pattern": str(sweep.patterns[layer.name]), **_mask_line(done.masks, layer.name)}
+            for block in done.blocks
+            for layer in block.layers
+        }
+        return {
+            "base_model": base or identity["model"],
+            "stage": self.stage,
+            "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
+            "versions": identity["versions"],
+            "weights": weights,
+        }
+
+
+def state_folder(output: Path) -> Path:
+    """Return where an unfinished run towards `output` keeps its state."""
+    return output.with_name(output.name + ".unfinished")
+
+
+def forget(state: Path) -> None:
+    """Delete the state of an unfinished run, unless a process is working on it."""
+    journal = Journal(state, _identity_of(state), resume=True)
+    journal.close(remove=True)
+
+
+def _identity_of(state: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((state / "identity.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if key != "format"} if isinstance(found, dict) else {}
+
+
+def _mask_line(masks: Masks, name: str) -> dict[str, Any]:
+    mask = masks[name]
+    return {
+        "zeros": int((~mask).sum()),
+        "numel": mask.numel(),
+        "mask_sha256": hashlib.sha256(mask.numpy().tobytes()).hexdigest(),
+    }
+
+
+def _block_line(block: BlockReport) -> dict[str, Any]:
+    tuned = block.tuned
+    return {
+        "index": block.index,
+        "seconds": block.seconds,
+        "error_before": None if tuned is None else tuned.before,
+        "error_after": None if tuned is None else tuned.after,
+        "scale": None if tuned is None else tuned.scale,
+        "epochs": None if tuned is None else tuned.epochs,
+        "notes": [] if tuned is None else list(tuned.notes),
+    }
+
+
+def _side_file(source: Source) -> dict[str, Any] | None:
+    if source.path is None or not source.path.is_dir():
+        return None
+    try:
+        found = json.loads((source.path / "secateur.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def refuse_existing(output: str | Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuse an output that is there already, before any work is done."""
+    if output is None:
+        return
+    target = Path(output)
+    if target.exists() and not overwrite and not (resume and state_folder(target).exists()):
+        empty = target.is_dir() and not any(target.iterdir())
+        if not empty:
+            raise StateError(
+                f"the output `{target}` exists", hint="choose another --output, or replace it with --overwrite"
+            )
