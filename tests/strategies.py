@@ -49,10 +49,12 @@ def correlated_gram(
 
 @st.composite
 def weights(
-    draw: st.DrawFn, rows: st.SearchStrategy[int] | None = None, columns: st.SearchStrategy[int] | None = None
+    draw: st.DrawFn,
+    rows: st.SearchStrategy[int] = st.integers(1, 8),  # noqa: B008
+    columns: st.SearchStrategy[int] = st.integers(1, 24),  # noqa: B008
 ) -> Tensor:
     """A random weight; about one in four has ties, one in four has zeros."""
-    weight = random_weight(draw(rows or st.integers(1, 8)), draw(columns or st.integers(1, 24)), draw(seeds))
+    weight = random_weight(draw(rows), draw(columns), draw(seeds))
     kind = draw(st.sampled_from(["plain", "plain", "ties", "zeros"]))
     if kind == "ties":
         return (weight * 2).round() / 2

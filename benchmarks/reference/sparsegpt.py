@@ -1,7 +1,7 @@
 """SparseGPT as published: factor, inverse, factor; one column at a time; one threshold per slab of 128 columns.
 
-Frantar & Alistarh, arXiv 2301.00774. A plain reading of the algorithm for comparison, slow on purpose where the original
-is. Two habits of the original are behind a switch each, so that masks can be compared at the same budget:
+Frantar & Alistarh, arXiv 2301.00774. A plain reading of the algorithm for comparison, slow where the original is slow.
+Two habits of the original are behind a switch each, so that masks can be compared at the same budget:
 
 - `exact=False` removes every entry not above the k-th smallest saliency (0-based), which is k + 1 entries per slab and
   all ties; `exact=True` removes those strictly below it, which is k.

@@ -57,9 +57,10 @@ class LayerProblem:
 
         G is the Gram matrix; its diagonal if only that is known; the identity without any statistics.
         """
-        error = (value - self.weight).float()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        error = value.to(wide) - self.weight.to(wide)
         if self.gram is not None:
-            return max(float(quadratic_loss(error, self.gram)), 0.0)
+            return max(float(quadratic_loss(error, self.gram.to(wide))), 0.0)
         if self.diag is not None:
             return float((error.square() * self.diag).sum(dtype=torch.float64))
         return float(error.square().sum(dtype=torch.float64))

@@ -217,7 +217,7 @@ def first_of_rows(key: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tenso
         int64 `(rows, count)`, meaningless behind the valid ones, the lower column first among equals; int64 `(rows,)`.
     """
     hidden = key.masked_fill(~valid, -torch.inf)
-    found = top_of_rows(hidden, count).nonzero()[:, 1].reshape(-1, count)
+    found = top_of_rows(hidden, count).nonzero()[:, 1].reshape(key.shape[0], count)
     order = hidden.gather(1, found).sort(dim=1, descending=True, stable=True).indices
     return found.gather(1, order), valid.sum(1).clamp_max(count)
 
