@@ -64,7 +64,7 @@ def complain(
     kind, context = item["type"], item.get("ctx") or {}
     name = positions.shown(place)
     where = positions.of(place)
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed, word = list(known), str(place[-1])
         meaning = (synonyms or {}).get(word)
         if meaning in allowed:
