@@ -362,12 +362,12 @@ def export(
     target = Path(output)
     refuse_existing(target, False, overwrite)
     job = Job("export", model, tokenizer, None, {**locals(), "inplace": True})
-    side = {"stage": "export", "base_model": job.identity()}
+    side = job.side or {"stage": "export", "base_model": job.identity()}
     with publish(target, overwrite) as folder:
         if format == "bitmask":
             bitmask.write(job.model, job.tokenizer, folder, side)
         else:
-            save_model(job.model, job.tokenizer, folder, job.side or side)
+            save_model(job.model, job.tokenizer, folder, side)
     dense = sum(parameter.nbytes for parameter in job.model.parameters())
     written = sum(file.stat().st_size for file in target.iterdir() if file.suffix in (".safetensors", ".secateur"))
     return {
