@@ -18,7 +18,7 @@ class Measured:
     Attributes:
         label: what to call it.
         sparsity: fraction of zeros, 0..1.
-        perplexity: `{text: value}`.
+        perplexity: `{text: value}`, without those that were not finite.
         tasks: `{"task metric": value}`, one metric per task.
         seconds: spent on making it, all stages before it together; None for the model as it came.
         peak_memory_bytes: of the stage that made it, or of measuring it as it came.
@@ -46,7 +46,7 @@ def measured(report: Mapping[str, Any]) -> list[Measured]:
         elif stage.get("stage") == "evaluate":
             label = str(stage.get("label") or stage.get("model") or f"model {len(rows) + 1}")
             peak = (maker or stage).get("peak_memory_bytes")
-            texts = dict(stage.get("perplexity") or {})
+            texts = {text: value for text, value in (stage.get("perplexity") or {}).items() if value is not None}
             rows.append(Measured(label, stage.get("sparsity"), texts, _scores(stage.get("tasks") or {}), seconds, peak))
             maker = None
     if maker is not None:

@@ -66,14 +66,15 @@ def _tiles(rows: Sequence[Measured]) -> str:
     last = rows[-1]
     tiles = [(percent(last.sparsity), "zeros in the linears")] if last.sparsity is not None else []
     text = next(iter(last.perplexity), None)
-    values = [row.perplexity[text] for row in rows if text in row.perplexity] if text is not None else []
-    if len(values) >= 2:
-        tiles.append((number(values[-1], 4), f"perplexity; {rows[0].label} {number(values[0], 4)}"))
+    shown = [row for row in rows if text in row.perplexity]
+    if text is not None and len(shown) >= 2:
+        first, *_ = values = [row.perplexity[text] for row in shown]
+        tiles.append((number(values[-1], 4), f"perplexity; {shown[0].label} {number(first, 4)}"))
         worst = max(values[1:])
-        if len(values) >= 3 and worst > values[0]:
-            tiles.append((percent((worst - values[-1]) / (worst - values[0])), "of the damage repaired"))
-    elif values:
-        tiles.append((number(values[-1], 4), "perplexity"))
+        if len(values) >= 3 and worst > first:
+            tiles.append((percent((worst - values[-1]) / (worst - first)), "of the damage repaired"))
+    elif text is not None:
+        tiles.append((number(last.perplexity[text], 4), "perplexity"))
     if last.seconds is not None:
         tiles.append((duration(last.seconds), "to make it"))
     items = "".join(f"<li><b>{escape(value)}</b><span>{escape(words)}</span></li>" for value, words in tiles)
