@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -397,3 +399,27 @@ def test_a_damaged_tokenizer_is_refused(llama, tmp_path):
     (tmp_path / MODEL / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(InputError, match="tokenizer"):
         read(tmp_path)
+
+
+def test_whatever_is_done_to_the_files_is_an_input_error_or_harmless(llama, tmp_path):
+    write(llama, small_tokenizer(), tmp_path, None)
+    generator = random.Random(0)
+    files = [tmp_path / WEIGHTS, *sorted((tmp_path / MODEL).glob("*.json"))]
+    for _ in range(40):
+        path = generator.choice(files)
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        for _ in range(generator.choice([1, 3])):
+            place = generator.randrange(min(len(damaged), 3000))
+            match generator.randrange(3):
+                case 0:
+                    damaged[place] = generator.randrange(256)
+                case 1:
+                    del damaged[place : place + generator.randrange(1, 9)]
+                case _:
+                    damaged[place:place] = generator.choice([b"0", b"{", b"null", b'"', b"99999999999", b","])
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            assert isinstance(read(tmp_path)[0], transformers.LlamaForCausalLM)
+        path.write_bytes(content)
+    assert_same_model(llama, read(tmp_path)[0])
