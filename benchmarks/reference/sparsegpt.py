@@ -21,6 +21,17 @@ def add_batch(gram: Tensor, samples: int, inputs: Tensor) -> tuple[Tensor, int]:
     return gram + scaled.matmul(scaled.T), samples + 1
 
 
+def factor(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """Return the upper factor of the inverse of the damped Gram: factor, inverse, factor again."""
+    gram = gram.clone()
+    dead = gram.diagonal() == 0
+    gram[dead, dead] = 1
+    everything = torch.arange(gram.shape[0])
+    gram[everything, everything] += damping * gram.diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
 def prune(
     weight: Tensor,
     gram: Tensor,
@@ -31,6 +42,7 @@ def prune(
     block_size: int = 128,
     exact: bool = True,
     mask: Tensor | None = None,
+    upper: Tensor | None = None,
 ) -> Tensor:
     """Return the pruned weight `(out, in)`; its zeros are the mask.
 
@@ -44,17 +56,12 @@ def prune(
         block_size: columns that are selected and propagated together.
         exact: see above.
         mask: an external mask, True = kept, instead of a selection.
+        upper: `factor(gram, damping)`, if it is at hand.
     """
-    weight, gram = weight.clone(), gram.clone()
+    weight = weight.clone()
+    weight[:, gram.diagonal() == 0] = 0
     columns = weight.shape[1]
-    dead = gram.diagonal() == 0
-    gram[dead, dead] = 1
-    weight[:, dead] = 0
-    everything = torch.arange(columns)
-    gram[everything, everything] += damping * gram.diagonal().mean()
-    factor = torch.linalg.cholesky(gram)
-    inverse = torch.cholesky_inverse(factor)
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = factor(gram, damping) if upper is None else upper
 
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
