@@ -366,8 +366,4 @@ MISFITS: dict[str, tuple[Break, str]] = {
     "a model without head": (_config(architectures=["LlamaModel"]), "holds a LlamaModel"),
     "a classifier": (_config(architectures=["LlamaForSequenceClassification"]), "not a causal language model"),
     "bidirectional": (_config(model_type="bert", architectures=["BertLMHeadModel"]), "not a causal language model"),
-    "tables of 1 TB": (
-        _config(model_type="gptj", architectures=None, n_positions=2**31, rotary_dim=4, n_embd=8, n_head=2, n_layer=1),
-        "",
-    ),
 }

@@ -8,7 +8,6 @@ weights fit; only then are the weights mapped. They stay mapped: memory is taken
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ __all__ = [
     "save_model",
 ]
 
-_MAX_BUFFERS = 4 * 2**30  # bytes of tables that are computed, not stored
+_MAX_TABLES = 2**30  # bytes that a model of any size may compute instead of storing them
 
 
 @dataclass(frozen=True)
@@ -218,16 +217,24 @@ def _pretrained(
 
 def _rehearse(folder: Path, found: Survey, config: Any, dtype: torch.dtype | None) -> list[str]:
     """Build the model on the meta device, where nothing is allocated, and refuse it if it does not fit the weights."""
+    _refuse_tables(config, found)
     # sizes may differ here, and are then reported with their names; the real load never lets them
-    model, info = _pretrained(folder, found, config, dtype, device_map="meta", ignore_mismatched_sizes=True)
+    _, info = _pretrained(folder, found, config, dtype, device_map="meta", ignore_mismatched_sizes=True)
     refuse_misfit(info, str(folder))
-    stored = sum(prod(item.shape) for item in found.tensors.values())
-    buffers = {name: buffer.nbytes for name, buffer in model.named_buffers()}
-    largest = max(buffers, key=lambda name: buffers[name], default=None)
-    if largest is not None and sum(buffers.values()) > max(_MAX_BUFFERS, 4 * stored):
-        raise InputError(f"the configuration asks for {buffers[largest]:,} bytes for the table `{largest}`")
     unused = sorted(info["unexpected_keys"])
     return [f"{len(unused)} stored tensors are not used, such as `{unused[0]}`"] if unused else []
+
+
+def _refuse_tables(config: Any, found: Survey) -> None:
+    """Refuse a model that computes huge tables, such as one of positions; loading would, even on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    tables = {name: table.nbytes for name, table in empty.named_buffers()}
+    if sum(tables.values()) > max(_MAX_TABLES, 4 * sum(item.end - item.begin for item in found.tensors.values())):
+        largest = max(tables, key=lambda name: tables[name])
+        raise InputError(f"the configuration asks for {tables[largest]:,} bytes for the table `{largest}`")
 
 
 def _tokenizer(spec: str, folder: Path, found: Survey, config: Any) -> Any:

@@ -113,7 +113,7 @@ def _groups(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name, tensor in state.items():
         found = re.match(r"(.*?\.\d+)\.", name)
         groups.setdefault(found[1] if found else name, {})[name] = tensor
-    return list(groups.values())
+    return [groups[name] for name in sorted(groups, key=_natural)]
 
 
 def _as_on_disk(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +121,13 @@ def _as_on_disk(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     from transformers.core_model_loading import revert_weight_conversion
 
     reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    return reverted
+    # the order must not depend on whether the model was loaded or built, so that equal models are equal files
+    return dict(sorted(reverted.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return the key that sorts `layers.10` after `layers.9`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _shards(entries: list[_Entry], max_shard: int) -> list[list[_Entry]]:
