@@ -64,6 +64,14 @@ def test_a_gguf_file_of_another_kind_is_refused(tmp_path):
             load(tmp_path / "cut.gguf")
 
 
+def test_without_the_gguf_package_the_extra_is_named(tmp_path, monkeypatch):
+    gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
+    with pytest.raises(InputError, match="`gguf` is needed") as caught:
+        load(tmp_path / "model.gguf")
+    assert caught.value.hint == "pip install 'secateur[gguf]'"
+
+
 def write_gguf(path: Path, hidden: int = 32) -> None:
     """Write a whole LLaMA with one block and a word for each byte."""
     from gguf import GGUFWriter
