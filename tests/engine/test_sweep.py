@@ -84,7 +84,7 @@ def test_plain_mode_takes_the_dense_blocks_statistics(tiny_llama, ids, pruner):
         linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
         seen: dict[torch.nn.Module, torch.Tensor] = {}
         hooks = [
-            linear.register_forward_pre_hook(lambda module, args: seen.__setitem__(module, args[0].detach()))
+            linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.__setitem__(module, args[0].detach()))
             for linear in linears
         ]
         with torch.no_grad():
