@@ -63,7 +63,19 @@ def public_names(tree: ast.Module) -> Iterator[str]:
 
 def spelled(node: ast.expr | None, module: str) -> str:
     """Return an expression as its source spells it, on one line."""
-    return " ".join((ast.get_source_segment(text_of(module), node) or "").split()) if node else ""
+    if node is None:
+        return ""
+    # by hand: `ast.get_source_segment` splits the whole file again for every call
+    lines = _lines(module)[node.lineno - 1 : node.end_lineno]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    return " ".join(b" ".join(lines).decode().split())
+
+
+@cache
+def _lines(module: str) -> list[bytes]:
+    """Return the lines of a module as bytes, which is what a syntax tree counts columns in."""
+    return text_of(module).encode().split(b"\n")
 
 
 def signature(node: ast.FunctionDef, module: str, *, bound: bool = False) -> str:
@@ -138,7 +150,7 @@ def documented(module: str, *names: str) -> dict[str, str]:
         for section in ("Args", "Attributes"):
             for key, words in sections.get(section, []):
                 for word in key.split(","):
-                    if not words.startswith(("as in", "see `")):
+                    if not words.startswith(("as in", "see `load`")):
                         found.setdefault(word.strip(), words)
     return found
 
