@@ -69,8 +69,12 @@ def test_inner_bars_leave_and_outer_ones_stay():
             show.advance(inner, 3)
             assert [task.description for task in bars.tasks] == ["outer", "  inner"]
             assert bars.tasks[1].completed == 3
-        show.advance(outer, 2)
+        for _ in range(10):
+            show.advance(outer, 0.19999)
         show.note("[bold]not markup[/bold]")
     assert [task.description for task in bars.tasks] == ["outer"]
     assert bars.tasks[0].finished
+    with step(show, "broken off", 2) as number:
+        show.advance(number, 1)
+    assert not bars.tasks[1].finished
     assert "[bold]not markup[/bold]" in bars.console.file.getvalue()

@@ -43,6 +43,9 @@ class Bars:
         """Remove an inner bar; leave an outermost one standing as the record of what was done."""
         inner = step in self._open and self._open.index(step) > 0
         self._open = [number for number in self._open if number != step]
+        task = self._bars.tasks[self._bars.task_ids.index(_task(step))]
+        if task.total is not None and task.completed > 0.99 * task.total:  # a sum of fractions ends just short of one
+            self._bars.update(_task(step), completed=task.total)
         self._bars.stop_task(_task(step))
         if inner:
             self._bars.remove_task(_task(step))
