@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur.core import select
 from secateur.core.select import CHUNK, WORDS, top_of_groups, top_of_lanes, top_of_matrix, top_of_rows
 from strategies import random_weight, seeds
 
@@ -81,6 +82,23 @@ def test_the_dtype_of_equal_values_does_not_matter(dtype):
     wide = score.double()
     assert torch.equal(top_of_rows(score, 10), top_of_rows(wide, 10))
     assert torch.equal(top_of_groups(score, 2, 4), top_of_groups(wide, 2, 4))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_other_devices_select_alike(monkeypatch, ties):
+    score = scores(6, 48, 5, ties)
+    jobs = [
+        lambda: top_of_rows(score, 20),
+        lambda: top_of_matrix(score, 100),
+        lambda: top_of_groups(score, 2, 4),
+        lambda: top_of_groups(score, 3, 6),
+        lambda: top_of_groups(score, 11, 24),
+        lambda: top_of_lanes(score, 2),
+    ]
+    expected = [job() for job in jobs]
+    monkeypatch.setattr(select, "_by_numpy", lambda tensor: False)
+    for job, mask in zip(jobs, expected, strict=True):
+        assert torch.equal(job(), mask)
 
 
 def test_infinities_are_ordinary_scores():

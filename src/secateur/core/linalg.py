@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.core.errors import NumericError
 
 LADDER = 5  # dampings tried: p, 10 p, ... 10^4 p
+TRIANGLE = 256  # size below which a triangular matrix is inverted in one call
 STRIPS = 8  # strips of a symmetric product
 STRIP_WIDTH = 64  # columns below which a strip's product is no longer efficient
 BATCH_BYTES = 256 << 20  # memory of one batch of small systems away from CPU
@@ -82,9 +83,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
         damping: fraction of the mean diagonal, see `cholesky_factor`.
     """
     lower, used = cholesky_factor(gram.flip(0, 1), damping)
-    upper = lower.flip(0, 1).contiguous()
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(upper, eye, upper=True), used
+    return _lower_inverse(lower).flip(0, 1), used  # J L^-1 J is the inverse of J L J
 
 
 def quadratic_loss(error: Tensor, gram: Tensor) -> Tensor:
@@ -273,6 +272,25 @@ def _conjugate_gradients(
         direction.mul_(torch.where(energy > 0, following / energy.clamp_min(tiny), 0.0)).add_(product)
         energy = following
     return value.masked_fill_(~mask, 0.0), settled
+
+
+def _lower_inverse(lower: Tensor) -> Tensor:
+    """Return the inverse of a lower triangular matrix.
+
+    By halves, `[[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]`: two thirds of the flops of a triangular solve
+    with the identity, nearly all of them in large products.
+    """
+    size = lower.shape[0]
+    if size <= TRIANGLE:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        small: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return small
+    half = size // 2
+    result = torch.zeros_like(lower)
+    result[:half, :half] = _lower_inverse(lower[:half, :half])
+    result[half:, half:] = _lower_inverse(lower[half:, half:])
+    result[half:, :half] = result[half:, half:] @ (lower[half:, :half] @ result[:half, :half]).neg_()
+    return result
 
 
 def _solve_definite(system: Tensor, right: Tensor) -> Tensor:

@@ -117,4 +117,5 @@ class Pruned:
     @classmethod
     def keep(cls, weight: Tensor, mask: Tensor) -> Pruned:
         """Return `weight` with everything outside `mask` set to a true (positive) zero."""
-        return cls(weight.masked_fill(~mask, 0.0), mask)
+        # a product takes a third of the time of `masked_fill`; adding zero turns its negative zeros into positive ones
+        return cls((weight * mask).add_(0.0), mask)

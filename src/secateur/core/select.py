@@ -65,7 +65,7 @@ def top_of_groups(score: Tensor, keep: int, width: int) -> Tensor:
         bool `(rows, columns)`, True = kept; among equals the lower column is kept.
     """
     rows, columns = score.shape
-    if score.numel() and score.device.type == "cpu" and width in WORDS:
+    if score.numel() and _by_numpy(score) and width in WORDS:
         return torch.from_numpy(_rank_in_words(_array(score).reshape(-1), width) < keep).reshape(rows, columns)
     if width > PAIRWISE_WIDTH:
         return top_of_rows(score.reshape(-1, width), keep).reshape(rows, columns)
@@ -84,20 +84,22 @@ def top_of_lanes(lanes: Tensor, keep: int) -> Tensor:
         bool `(width, groups)`.
     """
     width = lanes.shape[0]
-    if lanes.device.type == "cpu":
+    if _by_numpy(lanes):
         values = _array(lanes)
-        beaten = np.zeros(values.shape, np.uint8)  # how many entries of the group rank above
+        ranks = np.empty(values.shape, np.uint8)  # how many entries of the group rank above
+        ranks[:] = np.arange(width - 1, -1, -1, dtype=np.uint8)[:, None]
         for upper in range(width - 1):
-            upper_wins = (values[upper] >= values[upper + 1 :]).view(np.uint8)
-            beaten[upper + 1 :] += upper_wins
-            beaten[upper] += width - 1 - upper - np.add.reduce(upper_wins, axis=0, dtype=np.uint8)
-        return torch.from_numpy(beaten < keep)
-    ranks = torch.zeros(lanes.shape, dtype=torch.uint8, device=lanes.device)
+            for lower in range(upper + 1, width):
+                upper_wins = (values[upper] >= values[lower]).view(np.uint8)
+                ranks[lower] += upper_wins
+                ranks[upper] -= upper_wins
+        return torch.from_numpy(ranks < keep)
+    above = torch.zeros(lanes.shape, dtype=torch.uint8, device=lanes.device)
     for upper in range(width - 1):
         wins = (lanes[upper] >= lanes[upper + 1 :]).view(torch.uint8)
-        ranks[upper + 1 :] += wins
-        ranks[upper] += width - 1 - upper - wins.sum(0, dtype=torch.uint8)
-    return ranks < keep
+        above[upper + 1 :] += wins
+        above[upper] += width - 1 - upper - wins.sum(0, dtype=torch.uint8)
+    return above < keep
 
 
 def top_of_matrix(score: Tensor, keep: int) -> Tensor:
@@ -133,7 +135,7 @@ def _rank_in_words(values: NDArray[Any], width: int) -> NDArray[np.uint8]:
 
 def _kth_smallest(score: Tensor, index: int) -> Tensor:
     """Return the value at 0-based `index` of each sorted row, `(rows, 1)`."""
-    if score.device.type == "cpu":
+    if _by_numpy(score):
         found = np.partition(_array(score), index, axis=1)[:, index : index + 1]
         return torch.from_numpy(np.ascontiguousarray(found)).to(score.dtype)
     return score.kthvalue(index + 1, dim=1, keepdim=True).values
@@ -141,14 +143,19 @@ def _kth_smallest(score: Tensor, index: int) -> Tensor:
 
 def _at_least(score: Tensor, threshold: Tensor) -> Tensor:
     """Return `score >= threshold`."""
-    if score.device.type == "cpu":
+    if _by_numpy(score):
         return torch.from_numpy(np.greater_equal(_array(score), _array(threshold)))
     return score >= threshold
 
 
 def _count(mask: Tensor) -> int:
     """Return the number of True entries."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+    return int(np.count_nonzero(mask.numpy())) if _by_numpy(mask) else int(mask.sum())
+
+
+def _by_numpy(tensor: Tensor) -> bool:
+    """Return whether numpy can work on the memory of `tensor`."""
+    return tensor.device.type == "cpu"
 
 
 def _array(score: Tensor) -> NDArray[Any]:

@@ -105,10 +105,10 @@ def _check(problem: LayerProblem, scope: Literal["row", "layer"], name: str) -> 
 def _check_answer(problem: LayerProblem, pruned: Pruned, scope: Literal["row", "layer"], name: str) -> None:
     """Raise if a pruner's answer breaks the pattern, its own mask, or frozen zeros, or is not finite."""
     problem.pattern.check(pruned.mask, scope)
-    if bool(pruned.weight.masked_fill(pruned.mask, 0.0).any()):
-        raise PatternError(f"the pruner left weights of `{name}` outside its own mask")
     if not is_finite(pruned.weight):
         raise NumericError(f"the pruned weight of `{name}` holds NaN or infinity")
+    if bool((pruned.weight * ~pruned.mask).any()):
+        raise PatternError(f"the pruner left weights of `{name}` outside its own mask")
     if problem.frozen is not None and bool((pruned.mask & problem.frozen).any()):
         raise PatternError(f"the pruner brought back frozen zeros of `{name}`")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.core.linalg import damped, quadratic_loss, refit_exact
 from secateur.core.pattern import NM, Unstructured, pruned_count
 from secateur.core.problem import LayerProblem
+from secateur.methods.pruners import sparsegpt
 from secateur.methods.pruners.magnitude import Magnitude
 from secateur.methods.pruners.sparsegpt import SparseGPT, slab_keeps, sweep_
 from strategies import correlated_gram, correlated_inputs, grams, random_weight, seeds
@@ -182,6 +183,16 @@ def test_linears_with_the_same_inputs_factor_once(monkeypatch):
     assert calls == [1]
     SparseGPT(damping=0.1).prune(first)
     assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6), Unstructured(0.6, "row")], ids=str)
+def test_other_devices_sweep_alike(monkeypatch, pattern):
+    problem = in_double(problem_of(pattern, 12, 80))
+    expected = SparseGPT(block_size=32).prune(problem)
+    monkeypatch.setattr(sparsegpt, "_plain", lambda tensor: tensor)
+    result = SparseGPT(block_size=32).prune(problem)
+    assert torch.equal(result.mask, expected.mask)
+    torch.testing.assert_close(result.weight, expected.weight)
 
 
 def test_a_singular_gram_is_no_obstacle():
