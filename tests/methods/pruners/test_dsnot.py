@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from reference import dsnot as published
 from torch import Tensor
 
-from secateur.core.errors import InputError
+from secateur.core.errors import InputError, RecipeError
 from secateur.core.pattern import NM, Unstructured
 from secateur.core.problem import LayerProblem
 from secateur.core.solve import solve
@@ -205,6 +205,18 @@ def test_candidates_come_in_order_with_the_lower_column_first():
     assert columns[0].tolist() == [0, 2, 3]
     assert columns[1, 0] == 1
     assert available.tolist() == [3, 1]
+
+
+def test_the_score_is_the_base_pruners():
+    problem = problem_of(NM(2, 4))
+    assert torch.equal(DSnoT(base=Magnitude()).score(problem), problem.weight.abs())
+
+    class Scoreless:
+        needs, scope = frozenset(), "row"
+        prune = Magnitude.prune
+
+    with pytest.raises(RecipeError, match="`Scoreless` of DSnoT has no score"):
+        DSnoT(base=Scoreless()).score(problem)
 
 
 def test_needs_and_scope_follow_the_base():

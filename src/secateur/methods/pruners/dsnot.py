@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.core.contracts import Pruner
-from secateur.core.errors import InputError, PatternError
+from secateur.core.contracts import Pruner, Scoring
+from secateur.core.errors import InputError, PatternError, RecipeError
 from secateur.core.method import method
 from secateur.core.pattern import NM
 from secateur.core.problem import LayerProblem, Pruned
@@ -101,6 +101,16 @@ class DSnoT:
         return Pruned(
             torch.where(better[:, None], weight, first.weight), torch.where(better[:, None], mask, first.mask)
         )
+
+    def score(self, problem: LayerProblem) -> Tensor:
+        """Return the base pruner's score, `(out_features, in_features)`.
+
+        Raises:
+            RecipeError: if the base pruner has none.
+        """
+        if not isinstance(self.base, Scoring):
+            raise RecipeError(f"the base pruner `{type(self.base).__name__}` of DSnoT has no score of single weights")
+        return self.base.score(problem)
 
     def _first(self, problem: LayerProblem) -> Pruned:
         """Return the point that the swaps start from."""
