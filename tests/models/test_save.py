@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bad import models as bad
 from secateur.core.errors import InputError
 from secateur.models import weights
 from secateur.models.files import load
@@ -178,6 +179,18 @@ def test_a_head_that_left_its_tie_is_not_lost_silently(make_llama, tmp_path):
     model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
     with pytest.raises(InputError, match="the configuration ties them"):
         save_model(model, None, tmp_path / "model", None)
+
+
+def test_a_stored_head_beside_a_stated_tie_is_kept_and_told(tmp_path):
+    bad.sound_folder(tmp_path / "model")
+    bad.set_config(tmp_path / "model", tie_word_embeddings=True)
+    first = load(tmp_path / "model", tokenizer=False)
+    assert "the stored head differs and was kept" in first.source.notes[0]
+    assert "set to false" in save_model(first.model, None, tmp_path / "out", None)[0]
+    second = load(tmp_path / "out", tokenizer=False)
+    assert second.source.notes == () and second.model.config.tie_word_embeddings is False
+    assert first.model.config.tie_word_embeddings is True
+    assert equal(first.model, second.model)
 
 
 def test_tensors_shared_without_a_tie_are_written_twice(make_llama, tmp_path):

@@ -31,7 +31,7 @@ from secateur.models.model_checks import (
 from secateur.models.publish import publish
 from secateur.models.quiet import quiet
 from secateur.models.save import save_model
-from secateur.models.weights import TORCH_DTYPES
+from secateur.models.weights import TORCH_DTYPES, belies_tie
 
 __all__ = [
     "Loaded",
@@ -182,6 +182,8 @@ def _load_folder(spec: str, kind: str, folder: Path, revision: str | None, optio
         model, info = _pretrained(folder, found, config, dtype)
     refuse_misfit(info, spec)
     refuse_unready(model, spec)
+    if belies_tie(model):
+        notes.append("the configuration ties the head to the embedding, but the stored head differs and was kept")
     words = _tokenizer(spec, folder, found, config) if options.tokenizer and found.has_tokenizer else None
     if options.tokenizer and words is None:
         notes.append("the model has no tokenizer files")

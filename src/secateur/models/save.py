@@ -17,7 +17,7 @@ from torch import nn
 from secateur.core import faults
 from secateur.core.errors import InputError
 from secateur.models.quiet import quiet
-from secateur.models.weights import write_weights
+from secateur.models.weights import belies_tie, write_weights
 
 SIDE_FILE = "secateur.json"
 SIDE_VERSION = 1
@@ -75,8 +75,7 @@ def save_settings(model: nn.Module, folder: Path) -> list[str]:
     Raises:
         InputError: the configuration is not valid.
     """
-    _save_config(model, folder)
-    return _save_generation_config(model, folder)
+    return [*_save_config(model, folder), *_save_generation_config(model, folder)]
 
 
 def save_side(side: Mapping[str, Any] | None, folder: Path) -> None:
@@ -93,7 +92,8 @@ def _brings_code(model: nn.Module) -> bool:
     return bool(asks()) if callable(asks) else False
 
 
-def _save_config(model: nn.Module, folder: Path) -> None:
+def _save_config(model: nn.Module, folder: Path) -> list[str]:
+    """Save the configuration; return a note if it had to be set right."""
     faults.hit("save.config")
     config: Any = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -101,10 +101,15 @@ def _save_config(model: nn.Module, folder: Path) -> None:
     for field in ("quantization_config", "compression_config", "sparsity_config"):
         if hasattr(config, field):
             delattr(config, field)
+    notes = []
+    if belies_tie(model):
+        config.tie_word_embeddings = False
+        notes.append("`tie_word_embeddings` was set to false, since the head has values of its own")
     try:
         config.save_pretrained(folder)
     except ValueError as error:
         raise InputError(f"the model's configuration is not valid, so it cannot be saved: {error}") from error
+    return notes
 
 
 def _save_generation_config(model: nn.Module, folder: Path) -> list[str]:

@@ -83,6 +83,19 @@ def write_weights(model: nn.Module, folder: Path, max_shard: int) -> list[Path]:
     return files
 
 
+def belies_tie(model: nn.Module) -> bool:
+    """Return whether the configuration ties head and embedding, but the head was stored with values of its own.
+
+    `transformers` then leaves them apart; other programs follow the configuration and drop the stored head.
+    """
+    live: Any = model
+    if not getattr(live.config, "tie_word_embeddings", False):
+        return False
+    head, words = live.get_output_embeddings(), live.get_input_embeddings()
+    declared = getattr(model, "all_tied_weights_keys", None)
+    return head is not None and not declared and head.weight.data_ptr() != words.weight.data_ptr()
+
+
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict without the names that loading fills from others."""
     state: dict[str, Tensor] = {
