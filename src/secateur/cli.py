@@ -6,7 +6,6 @@ kind it was (`core/errors.py`).
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -19,9 +18,10 @@ from typing import Annotated, Any
 import typer
 
 from secateur import options as o
-from secateur.core.errors import RecipeError, ResourceError, SecateurError
+from secateur.core.errors import RecipeError
+from secateur.failures import exit_code, silence
 from secateur.printing import printable, show
-from secateur.stopping import Stopped, stoppable
+from secateur.stopping import stoppable
 
 # options that other tools and published code call so; underscores may stand for dashes anywhere
 _WORDS = {
@@ -45,10 +45,6 @@ app = typer.Typer(
     },
 )
 
-# typer carries click inside since 0.26 and beside itself before: the class is taken from where both show it
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-BROKEN_PIPE = 141
 # how the command line calls the arguments that a recipe has once for all stages
 _SHARED = (
     "seed",
@@ -62,16 +58,6 @@ _SHARED = (
     "revision",
 )
 _CALL = ("output", "resume", "overwrite", "max_minutes", "dry_run")
-_RESOURCE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENFILE,
-}
 
 
 @dataclass
@@ -329,9 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with stoppable():
                 return _invoke(words, session)
         except BaseException as error:
-            return _exit_code(error, session)
+            return exit_code(error, debug=session.debug)
     except BrokenPipeError:  # stderr is closed too
-        return _silence()
+        return silence()
 
 
 def _invoke(words: list[str], session: Session) -> int:
@@ -341,81 +327,6 @@ def _invoke(words: list[str], session: Session) -> int:
         command.invoke(context)
     sys.stdout.flush()
     return 0
-
-
-def _exit_code(error: BaseException, session: Session) -> int:
-    """Say on stderr what went wrong and return the exit code for it."""
-    if isinstance(error, typer.Exit):
-        sys.stdout.flush()
-        return int(error.exit_code)
-    # rich turns a closed stdout into an exit with code 1
-    if isinstance(error, BrokenPipeError) or isinstance(getattr(error, "__context__", None), BrokenPipeError):
-        return _silence()
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1 if error.code else 0
-    if session.debug:
-        import traceback
-
-        traceback.print_exception(error)
-    if isinstance(error, _UsageError):
-        return _usage(error)
-    if isinstance(error, SecateurError):
-        _say(str(error), error.hint)
-        return error.exit_code
-    if isinstance(error, Stopped):
-        _say(str(error), "--resume goes on with an unfinished run")
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        _say("interrupted")
-        return 130
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        _say("out of memory", "lower --batch-tokens or --samples, or use --offload disk")
-        return ResourceError.exit_code
-    if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
-        _say(f"{error.strerror}: `{error.filename}`" if error.filename else str(error))
-        return ResourceError.exit_code
-    _say(
-        f"unexpected {type(error).__name__}: {str(error) or 'no message'}",
-        "this is a bug, please report it; --debug shows where it happened",
-        first_line_only=True,
-    )
-    return 1
-
-
-def _usage(error: Any) -> int:
-    """Show a mistake on the command line."""
-    from secateur.core.errors import did_you_mean
-
-    context = getattr(error, "ctx", None)
-    message = str(error.format_message()).rstrip(".")
-    if not getattr(error, "possibilities", None) and (word := getattr(error, "option_name", None)) and context:
-        known = [option for parameter in context.command.params for option in parameter.opts]
-        message = f"No such option `{word}`{did_you_mean(word, known)}" if word not in known else message
-    path = context.command_path if context else "secateur"
-    _say(message[:1].lower() + message[1:], f"see `{path} --help`")
-    return RecipeError.exit_code
-
-
-def _say(message: str, hint: str | None = None, *, first_line_only: bool = False) -> None:
-    """Write an error and its hint to stderr; control characters of foreign texts are shown, not sent."""
-    lines = [line for line in message.splitlines() if line.strip()] or ["unknown"]
-    for line in lines[:1] if first_line_only else lines:
-        sys.stderr.write(f"error: {printable(line)}\n")
-    if hint:
-        sys.stderr.write(f"hint: {printable(hint)}\n")
-    sys.stderr.flush()
-
-
-def _silence() -> int:
-    """Send what is left in stdout nowhere, so that the interpreter's end does not fail on it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, stream.fileno())
-            os.close(devnull)
-    return BROKEN_PIPE
 
 
 def _begin(context: typer.Context) -> dict[str, Any]:
