@@ -83,26 +83,3 @@ def continuations(report: dict[str, Any], progress: Progress) -> list[dict[str, 
                 samples.append({"label": label, "text": prompt + continuation(model, tokenizer, prompt, WORDS)})
                 progress.advance(number, 1)
     return samples
-
-
-def headline(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per measured model: what was done, perplexity, sparsity, seconds, peak memory in bytes.
-
-    Seconds are those of the stage that made the model; peak memory is the process's, up to then.
-    """
-    rows: list[dict[str, Any]] = []
-    seconds = 0.0
-    for stage in report["stages"]:
-        if stage["stage"] in ("prune", "tune"):
-            seconds += stage["seconds"]
-        elif stage["stage"] == "evaluate":
-            rows.append(
-                {
-                    "label": stage["label"],
-                    "perplexity": next(iter(stage["perplexity"].values()), None),
-                    "sparsity": stage["sparsity"],
-                    "seconds": seconds,
-                    "peak_memory_bytes": stage["peak_memory_bytes"],
-                }
-            )
-    return rows

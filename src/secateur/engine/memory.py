@@ -15,6 +15,7 @@ from secateur.models.blocks import Blocks
 from secateur.models.linears import find_linears
 
 SOLVER_COPIES = 6  # float32 matrices of a linear's size alive while it is solved: target, result, score, errors, masks
+LIBRARY = 32 << 20  # buffers of the matrix library and the allocator's own slack, bytes
 GRAM_COPIES = 4  # sums, means, damped copy with its factor, inverse factor
 
 
@@ -82,7 +83,7 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
     wide = max((max(view.in_features, view.out_features) for view in views), default=hidden)
     stored = next(linears.parameters()).element_size()
     dense_path = sweep.error_correction or (sweep.tuner is not None and sweep.tuner.dense_path)
-    copies = 1 + (sweep.error_correction or sweep.tuner is not None)
+    copies = 2 if sweep.error_correction else 1
     pruner = sweep.pruner
     needs = set(pruner.needs) if pruner is not None else set()
     grams = 0
@@ -104,16 +105,20 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
         "block": largest * item * copies + largest * stored,
         "calibration in flight": max((lanes if pruner is not None else 0) + max(grams, 0) + solver, step),
         "one batch": batch * (2 * wide + 3 * hidden) * item,
+        "library": LIBRARY,
     }
     stores = 2 + int(dense_path) + int(sweep.tuner is not None and not dense_path)
     states = tokens * hidden * item * stores
-    host = {"hidden states": states if sweep.offload == "ram" else 2 * batch * hidden * item}
+    host = {
+        "hidden states": states if sweep.offload == "ram" else 2 * batch * hidden * item,
+        "writing a block": 2 * largest * stored + tokens * hidden * item,
+    }
     return MemoryPlan(device, host, sweep.device.type == "cpu")
 
 
 def tuning_bytes(tuner: BlockTuner, parameters: int, tokens: int, hidden: int, wide: int) -> int:
     """Return the bytes of one tuning step: gradients, Adam's two moments, best state, and saved activations."""
-    return 4 * 4 * parameters + tokens * (10 * hidden + 5 * wide) * 4
+    return 4 * 4 * parameters + tokens * (16 * hidden + 8 * wide) * 4
 
 
 def available_memory() -> int:

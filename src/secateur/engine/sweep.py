@@ -40,6 +40,7 @@ from secateur.engine.stream import (
     borrow,
     changed_parameters,
     compute_dtype,
+    return_free_memory,
     write_back_,
 )
 from secateur.models.blocks import Blocks, capture, find_blocks, run_block
@@ -287,6 +288,7 @@ class _Run:
                 advance((fraction - told[0]) * (1 - share))
                 told[0] = fraction
 
+            return_free_memory()
             if masks:
                 tuned = self.tune(tuner, work, masks, targets, tell)
             tell(1.0)
@@ -518,6 +520,7 @@ class _Run:
 
     def release(self, index: int) -> None:
         """Give back the memory of a block that is not needed for a while, where it is a mapped file."""
+        return_free_memory()
         mappings = Mappings()
         mappings.release(self.blocks.modules[index].parameters())
         if self.teacher is not None:
