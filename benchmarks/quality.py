@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--row", action="append", default=[], help="METHOD:PATTERN[:TUNER[:OPTION,OPTION]]; `dense` for none")
+    parser.add_argument(
+        "--row", action="append", default=[], help="METHOD:PATTERN[:TUNER[:OPTION,OPTION]]; `dense` for none"
+    )
     parser.add_argument("--plain", action="store_true", help="statistics of the dense block, as published")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -69,9 +71,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     dense = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    crops = sample(
-        load_text(given.calibration), tokenizer, samples=given.samples, length=given.length, seed=given.seed
-    )
+    crops = sample(load_text(given.calibration), tokenizer, samples=given.samples, length=given.length, seed=given.seed)
     ids = tokenise(load_text(given.evaluation, lines=True), tokenizer)
     for row in given.row or ["dense"]:
         model, report, seconds, cpu = dense, None, 0.0, 0.0

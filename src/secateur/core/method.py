@@ -17,4 +17,5 @@ def method(cls: type[C]) -> type[C]:
     Its instances compare, hash and print by their hyper-parameters: `DSnoT(base=Wanda(), cycles=20)`.
     """
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    return dataclass(frozen=True, kw_only=True, config=config)(cls)
+    checked: type[C] = dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]
+    return checked

@@ -64,7 +64,8 @@ class Registry:
         if entry is None:
             known = [e.name for e in self if kind is None or e.kind == kind]
             raise RecipeError(
-                f"no {kind or 'method'} is called `{name}`{did_you_mean(name, known)}", hint=f"known: {', '.join(known)}"
+                f"no {kind or 'method'} is called `{name}`{did_you_mean(name, known)}",
+                hint=f"known: {', '.join(known)}",
             )
         if kind is not None and entry.kind != kind:
             known = [e.name for e in self if e.kind == kind]

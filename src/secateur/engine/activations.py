@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Activations(Sequence[Tensor]):
         offset, shape, dtype = place
         tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(offset)
-        self._file.readinto(memoryview(tensor.view(torch.uint8).reshape(-1).numpy()))
+        self._file.readinto(_bytes(tensor))
         return tensor
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
@@ -71,7 +71,7 @@ class Activations(Sequence[Tensor]):
             self._places[index] = place
         try:
             self._file.seek(place[0])
-            self._file.write(memoryview(hidden.view(torch.uint8).reshape(-1).numpy()))
+            self._file.write(_bytes(hidden))
             self._file.flush()
         except OSError as error:
             raise ResourceError(
@@ -85,3 +85,9 @@ class Activations(Sequence[Tensor]):
     def like(self) -> Activations:
         """Return an empty store of the same kind and length."""
         return Activations(len(self), self.offload, self._folder)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on CPU."""
+    content: Any = tensor.view(torch.uint8).reshape(-1).numpy()
+    return memoryview(content)

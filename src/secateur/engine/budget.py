@@ -82,7 +82,7 @@ def divide(patterns: Mapping[str, Pattern], scores: Callable[[], Iterable[tuple[
     }
     if not shared:
         return dict(patterns)
-    targets = {pattern.sparsity for pattern in shared.values()}  # type: ignore[union-attr]
+    targets = {pattern.sparsity for pattern in shared.values()}
     if len(targets) > 1:
         raise PatternError(f"one budget over the whole model is possible, got {len(targets)}: {sorted(targets)}")
     counts: dict[str, Tensor] = {}

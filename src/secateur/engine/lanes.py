@@ -72,7 +72,7 @@ def pausing(linears: Sequence[LinearView]) -> Iterator[None]:
             if module is None:
                 raise InputError(f"`{linear.name}` has no module that could be paused: unpack its experts first")
             before.append((module, vars(module).get("forward")))
-            module.forward = paused(linear, module.forward)  # type: ignore[method-assign]
+            module.forward = paused(linear, module.forward)
         yield
     finally:
         for module, forward in before:
@@ -111,9 +111,9 @@ def in_step(
     with pausing([*linears, *also]):
         try:
             for batch, forward in enumerate(forwards):
-                lane = Lane(forward)
-                lanes.append(lane)
-                _advance(batch, lane, lanes, arrive, leave)
+                started = Lane(forward)
+                lanes.append(started)
+                _advance(batch, started, lanes, arrive, leave)
             while (first := lanes[0] if lanes else None) is not None:
                 assert first.waiting is not None
                 linear = named[first.waiting.name]
@@ -124,20 +124,20 @@ def in_step(
                     )
                 if linear.name in seen:
                     raise InputError(
-                        f"`{linear.name}` runs twice in one forward of its block, so its inputs are not known when it is pruned",
-                        hint="leave it out with `ignore`, or use `sequential: false`",
+                        f"`{linear.name}` runs twice in one forward of its block, so its inputs are not known in time",
+                        hint="leave it out with `ignore`",
                     )
                 decide(linear)
                 seen.add(linear.name)
                 if stop_after is not None and len(seen) == stop_after:
                     break
-                for batch, lane in enumerate(lanes):
-                    assert lane is not None
-                    _advance(batch, lane, lanes, arrive, leave)
+                for batch, waiting in enumerate(lanes):
+                    assert waiting is not None
+                    _advance(batch, waiting, lanes, arrive, leave)
         finally:
-            for lane in lanes:
-                if lane is not None:
-                    lane.close()
+            for unfinished in lanes:
+                if unfinished is not None:
+                    unfinished.close()
     missed = [linear.name for linear in linears if linear.name not in seen]
     if missed:
         raise InputError(

@@ -171,10 +171,10 @@ class _Run:
         self.dtype = compute_dtype(model, settings.device)
         self.dense_path = settings.error_correction or (settings.tuner is not None and settings.tuner.dense_path)
         sequences = max(1, settings.batch_tokens // ids.shape[1])
-        self.ids = list(ids.split(sequences))
+        self.ids = list(torch.split(ids, sequences))
         self.keeps: list[Tensor | None] = [None] * len(self.ids)
         if keep is not None and not bool(keep.all()):
-            self.keeps = list(keep.split(sequences))
+            self.keeps = list(torch.split(keep, sequences))
         self.calls: list[list[BlockCall]] = []
         self.sparse = Activations(len(self.ids), settings.offload)
         self.dense = Activations(len(self.ids), settings.offload)
@@ -355,13 +355,16 @@ class _Run:
             self.prune_beside(work, dense, chosen, outputs, solved)
             return
 
+        def arrive(batch: int, linear: LinearView, given: Tensor) -> None:
+            groups.arrive(batch, linear, given, None)
+
         def leave(batch: int, output: Tensor) -> None:
             outputs[batch] = output
 
         in_step(
             chosen,
             forwards,
-            arrive=lambda batch, linear, given: groups.arrive(batch, linear, given, None),
+            arrive=arrive,
             decide=lambda linear: solved(linear, groups.current),
             leave=leave,
             stop_after=stop,

@@ -194,7 +194,7 @@ def architecture(model: nn.Module) -> str:
     return f"{type(model).__name__} (model type `{kind}`)" if kind else type(model).__name__
 
 
-class _LastBlockSeen(Exception):  # noqa: N818 - not an error
+class _LastBlockSeen(Exception):
     """Ends a pass before the final norm and the head."""
 
 

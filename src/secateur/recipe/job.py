@@ -27,8 +27,9 @@ from secateur.engine.reports import BlockReport, SweepReport
 from secateur.engine.stream import compute_dtype
 from secateur.engine.sweep import Sweep
 from secateur.models.blocks import find_blocks
-from secateur.models.files import Loaded, Source, save_model
-from secateur.models.publish import publish
+from secateur.models.files import Loaded, Source, fingerprint, save_model
+from secateur.models.linears import find_all_linears, sparsity
+from secateur.models.publish import is_complete, publish
 from secateur.recipe.opening import device_of, load
 
 
@@ -68,13 +69,15 @@ class Job:
             loaded = self._load(model)
             self.source, self.model, self.spec = loaded.source, loaded.model, str(model)
             self.tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
-            self.side = _side_file(loaded.source)
+            self.side = _read_side(loaded.source.path) if loaded.source.path is not None else None
+            self.warnings += loaded.source.notes
         self.model.eval()
         self.teacher = self._teacher(teacher) if stage == "tune" else None
 
     def _load(self, spec: Any) -> Loaded:
         loading = ("dtype", "allow_pickle", "trust_remote_code", "revision")
-        return load(spec, **{name: self.options[name] for name in loading if name in self.options})
+        known = {name: self.options[name] for name in loading if name in self.options}
+        return load(spec, progress=self.progress, **known)
 
     def _teacher(self, teacher: Any) -> nn.Module:
         if isinstance(teacher, nn.Module):
@@ -86,7 +89,8 @@ class Job:
                     "the dense model that this one was pruned from is not known", hint="name it with --teacher MODEL"
                 )
             teacher = base
-        return self._load(teacher).model
+        dense: nn.Module = self._load(teacher).model
+        return dense
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this model from any other."""
@@ -97,6 +101,11 @@ class Job:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
         return {"spec": self.spec, "fingerprint": digest.hexdigest()}
+
+    def config(self) -> Any:
+        """Return the configuration of the model's text part."""
+        config: Any = self.model.config
+        return config.get_text_config()
 
     def need_tokenizer(self, purpose: str) -> Any:
         """Return the tokenizer, or say that `purpose` needs one."""
@@ -110,8 +119,9 @@ class Job:
         """Return the calibration tokens; a single token where none are needed and none were given."""
         options = self.options
         given = options.get("calibration")
-        config = self.model.config.get_text_config()
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        config = self.config()
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        vocabulary = embeddings.num_embeddings
         limit = getattr(config, "max_position_embeddings", None)
         if given is None:
             if needed:
@@ -141,8 +151,7 @@ class Job:
         options = self.options
         blocks = find_blocks(self.model)
         dtype = compute_dtype(self.model, self.device)
-        hidden = self.model.config.get_text_config().hidden_size
-        plan = plan_memory(blocks, sweep, *data.ids.shape, hidden, dtype)
+        plan = plan_memory(blocks, sweep, data.samples, data.length, self.config().hidden_size, dtype)
         report: dict[str, Any] = {
             "stage": self.stage,
             "model": self.spec,
@@ -183,6 +192,8 @@ class Job:
             "versions": report["versions"],
         }
         output = None if options["output"] is None else Path(options["output"])
+        if output is not None and options["resume"] and (finished := self._finished(output, identity)):
+            return Result(finished.model, {**report, **self._as_found(finished, output)})
         if output is None:
             done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, progress=self.progress)
         else:
@@ -217,17 +228,66 @@ class Job:
                 raise StateError(
                     f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
                 )
-            with publish(output, options["overwrite"] or options["resume"]) as folder:
-                save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
+            self._refuse_changed_source()
+            with publish(output, options["overwrite"]) as folder:
+                self.warnings += save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
         except BaseException:
             journal.close(remove=False)
             raise
         journal.close(remove=True)
         return done
 
+    def _refuse_changed_source(self) -> None:
+        """Raise StateError if the files of the model changed while it was worked on."""
+        source = self.source
+        if source is None or source.path is None or source.kind != "folder":
+            return
+        if fingerprint(source.path) != source.fingerprint:
+            raise StateError(
+                f"the files of `{self.spec}` changed during the run, so the result would be a mixture",
+                hint="run again on files that nobody writes to",
+            )
+
+    def _finished(self, output: Path, identity: dict[str, Any]) -> Loaded | None:
+        """Return the output if it is what this very run would publish, so that `resume` has nothing left to do."""
+        if state_folder(output).exists() or not is_complete(output):
+            return None
+        if (_read_side(output) or {}).get("run") != _digest_of(identity):
+            return None
+        return load(output)
+
+    def _as_found(self, finished: Loaded, output: Path) -> dict[str, Any]:
+        """Return the part of the report that a finished output still tells: no losses, no times."""
+        layers = [
+            {
+                "name": linear.name,
+                "block": linear.block,
+                "shape": [linear.out_features, linear.in_features],
+                "sparsity": 1 - int(torch.count_nonzero(linear.read())) / linear.read().numel(),
+                "pattern": weight["pattern"],
+                "loss_before": None,
+                "loss_after": None,
+                "seconds": 0.0,
+                "notes": [],
+            }
+            for linear in find_all_linears(finished.model)
+            if (weight := (_read_side(output) or {}).get("weights", {}).get(linear.name))
+        ]
+        return {
+            "sparsity": sparsity(finished.model),
+            "seconds": time.perf_counter() - self.started,
+            "peak_memory_bytes": peak_memory(self.device),
+            "layers": layers,
+            "blocks": [],
+            "warnings": [*self.warnings, f"`{output}` was complete already, so nothing was done"],
+        }
+
     def _side(self, identity: dict[str, Any], done: SweepReport, sweep: Sweep) -> dict[str, Any]:
         """Return the content of `secateur.json`: only what decides the result, so that equal runs write equal bytes."""
-        base = (self.side or {}).get("base_model") if self.stage == "tune" else None
+        base = None
+        if self.stage == "tune":
+            named = self.options.get("teacher")
+            base = {"spec": str(named)} if isinstance(named, str | Path) else (self.side or {}).get("base_model")
         weights = {
             layer.name: {"pattern": str(sweep.patterns[layer.name]), **_mask_line(done.masks, layer.name)}
             for block in done.blocks
@@ -236,6 +296,7 @@ class Job:
         return {
             "base_model": base or identity["model"],
             "stage": self.stage,
+            "run": _digest_of(identity),
             "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
             "versions": identity["versions"],
             "weights": weights,
@@ -283,14 +344,17 @@ def _block_line(block: BlockReport) -> dict[str, Any]:
     }
 
 
-def _side_file(source: Source) -> dict[str, Any] | None:
-    if source.path is None or not source.path.is_dir():
-        return None
+def _read_side(folder: Path) -> dict[str, Any] | None:
+    """Return what `secateur.json` in `folder` says, or None if there is none."""
     try:
-        found = json.loads((source.path / "secateur.json").read_bytes())
+        found = json.loads((folder / "secateur.json").read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _digest_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_existing(output: str | Path | None, resume: bool, overwrite: bool) -> None:
@@ -298,7 +362,7 @@ def refuse_existing(output: str | Path | None, resume: bool, overwrite: bool) ->
     if output is None:
         return
     target = Path(output)
-    if target.exists() and not overwrite and not (resume and state_folder(target).exists()):
+    if target.exists() and not overwrite and not (resume and _read_side(target)):
         empty = target.is_dir() and not any(target.iterdir())
         if not empty:
             raise StateError(

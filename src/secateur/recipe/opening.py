@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from secateur.core.errors import RecipeError
+from secateur.core.progress import Progress
 from secateur.export import bitmask
 from secateur.models.files import Loaded, Source
 from secateur.models.files import load as load_checkpoint
@@ -20,6 +21,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: bool = True,
+    progress: Progress | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer from whatever names one.
 
@@ -31,6 +33,7 @@ def load(
         trust_remote_code: run code that the model brings along; a Hub id then needs a `revision`.
         revision: commit, branch or tag of a Hub id.
         tokenizer: load the tokenizer as well.
+        progress: shown downloads and conversions.
 
     Returns:
         `Loaded(model, tokenizer, source)`, the model in eval mode on CPU.
@@ -49,6 +52,7 @@ def load(
         trust_remote_code=trust_remote_code,
         revision=revision,
         tokenizer=tokenizer,
+        progress=progress,
     )
 
 
