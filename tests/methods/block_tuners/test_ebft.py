@@ -14,7 +14,7 @@ from secateur.core.contracts import BlockTask, BlockTuner, Tuned
 from secateur.core.errors import InputError, NumericError
 from secateur.core.linalg import refit
 from secateur.core.pattern import NM, Unstructured
-from secateur.methods.block_tuners.ebft import EBFT, rate_factor, token_errors
+from secateur.methods.block_tuners.ebft import EBFT, rate_factor, rate_units, token_errors
 
 HIDDEN = 8
 HALF = Unstructured(0.5, "row")
@@ -123,7 +123,7 @@ def test_a_linear_converges_to_the_masked_least_squares() -> None:
     inputs = [(correlated(8, 16, 1) + noise).double()]
     mask = torch.rand(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(4)) > 0.5
     task = task_of(block, [(block.weight, mask)], inputs)
-    tune(task, epochs=200, learning_rate=3e-2, loss="mse", holdout=0.0, min_gain=0.0, batch_size=8, warmup=0.0)
+    tune(task, epochs=200, loss="mse", holdout=0.0, min_gain=0.0, batch_size=8, warmup=0.0)
     rows = inputs[0].reshape(-1, HIDDEN)
     best = refit(dense, rows.T @ rows, mask, damping=0.0)
     torch.testing.assert_close(block.weight.detach(), best, atol=1e-4, rtol=1e-4)
@@ -352,6 +352,33 @@ def test_clipping_acts_on_the_gradient_itself() -> None:
     start = weights(toy_task())["up.weight"]
     moved, held = (float((weights(task)["up.weight"] - start).abs().max()) for task in (free, clipped))
     assert held < 0.01 * moved
+
+
+def test_rates_are_measured_in_the_size_of_kept_weights() -> None:
+    matrix, empty = nn.Parameter(torch.tensor([[3.0, 0.0], [-3.0, 0.0]])), nn.Parameter(torch.zeros(2, 2))
+    gain, bias = nn.Parameter(torch.full((4,), 5.0)), nn.Parameter(torch.zeros(4))
+    mask = torch.tensor([[True, False], [True, False]])
+    masked = [(matrix, mask), (empty, torch.zeros(2, 2, dtype=torch.bool))]
+    assert rate_units([matrix, empty, gain, bias], masked) == pytest.approx([3.0, 0.0, 5.0, 3.0])
+
+
+def test_relative_rates_treat_a_block_of_another_scale_alike() -> None:
+    results = []
+    for scale in (1.0, 100.0):
+        block = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        block.weight.data = scale * torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(3))
+        task = task_of(block, [(block.weight, HALF.mask(block.weight.detach().abs()))], [correlated(8, 10)])
+        tune(task)
+        results.append(block.weight.detach() / scale)
+    torch.testing.assert_close(results[0], results[1], atol=1e-3, rtol=1e-3)
+
+
+def test_absolute_rates_bound_the_step_of_every_weight() -> None:
+    task = toy_task(sizes=(4,))
+    start = weights(task)["up.weight"]
+    tune(task, epochs=1, batch_size=4, learning_rate=1e-3, relative_rate=False, warmup=0.0, holdout=0.0)
+    moved = (weights(task)["up.weight"] - start).abs().max()
+    torch.testing.assert_close(moved, torch.tensor(1e-3), rtol=1e-2, atol=0)
 
 
 def test_progress_rises_to_one() -> None:
