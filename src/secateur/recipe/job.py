@@ -249,11 +249,16 @@ class Job:
             )
 
     def _finished(self, output: Path, identity: dict[str, Any]) -> Loaded | None:
-        """Return the output if it is what this very run would publish, so that `resume` has nothing left to do."""
-        if state_folder(output).exists() or not is_complete(output):
+        """Return the output if it is what this very run would publish, so that `resume` has nothing left to do.
+
+        Raises:
+            StateError: if the output is something else and may not be replaced.
+        """
+        if not is_complete(output) or (_read_side(output) or {}).get("run") != _digest_of(identity):
+            refuse_existing(output, resume=False, overwrite=self.options["overwrite"])
             return None
-        if (_read_side(output) or {}).get("run") != _digest_of(identity):
-            return None
+        if state_folder(output).exists():  # killed between publishing and cleaning up
+            forget(state_folder(output))
         return load(output)
 
     def _as_found(self, finished: Loaded, output: Path) -> dict[str, Any]:
