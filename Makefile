@@ -36,6 +36,7 @@ format: venv
 
 docs: venv
 	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python scripts/write_results.py
 
 bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py

@@ -1,0 +1,134 @@
+"""Write docs/results.md from the JSON lines in benchmarks/results; `--check` says whether it is fresh.
+
+Numbers reach the documents by this script alone, so each of them was printed by a benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """# Measured results
+
+This page is written by `python scripts/write_results.py` from the JSON lines in `benchmarks/results/`; every line there was
+printed by a script in `benchmarks/`, whose first lines say how to run it again.
+"""
+
+QUALITY = """## Perplexity after pruning
+
+SmolLM2-135M-Instruct in float32; calibration on 64 random crops of 512 tokens of the WikiText-2 validation text, evaluation on
+the first 20 windows of 1024 tokens of its test text. *plain* rows take a block's statistics from its dense weights, as the
+published programs do; the others calibrate true-sequentially. Both texts are of one domain, which flatters all rows that look
+at data. CPU seconds are those of pruning and tuning, on one thread of a shared machine. The command:
+
+    python benchmarks/quality.py MODEL --calibration CAL.txt --evaluation EVAL.txt --row METHOD:PATTERN[:TUNER[:OPTIONS]]
+"""
+
+RATIOS = """## Speed
+
+`ratio` is the CPU time of a plain re-implementation of the published algorithm over ours, measured side by side on one thread,
+same inputs (`benchmarks/bench_*.py`); `spread` is the half-range of the ratio as a fraction.
+"""
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Return the JSON lines of one result file, none if it is missing."""
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+
+
+def quality() -> str:
+    """Return the section on perplexity."""
+    rows = [
+        [
+            line["case"].split("?")[0] + options(line),
+            "plain" if line["plain"] else "true-sequential",
+            f"{line['sparsity']:.3f}",
+            f"{line['perplexity']:.2f}",
+            f"{line['cpu_seconds']:.0f}",
+        ]
+        for line in read("quality-smollm2.jsonl")
+    ]
+    head = ["method : pattern : tuner", "statistics", "sparsity", "perplexity", "CPU s"]
+    return QUALITY + "\n" + table(head, rows) if rows else ""
+
+
+def options(line: dict[str, Any]) -> str:
+    """Return what a row's tuner was given, in words."""
+    tuner = line.get("tuner")
+    if not tuner:
+        return ""
+    refit = ", exact refit first" if line["case"].endswith("refit") else ""
+    return f" ({tuner['epochs']} epochs, batch {tuner['batch_size']}{refit})"
+
+
+def ratios() -> str:
+    """Return the section on speed."""
+    lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in read(path.name)]
+    rows = [
+        [
+            line["job"],
+            line["case"],
+            f"{line['ref_ms']:.1f}",
+            f"{line['ours_ms']:.1f}",
+            f"{line['ratio']:.2f}",
+            "" if line.get("spread") is None else f"{line['spread']:.2f}",
+            "" if line.get("gate") is None else f"{line['gate']:g}",
+        ]
+        for line in lines
+        if "ratio" in line and "ours_ms" in line
+    ]
+    return RATIOS + "\n" + table(["job", "case", "published, ms", "ours, ms", "ratio", "spread", "aim"], rows)
+
+
+def memory() -> str:
+    """Return the section on memory."""
+    lines = read("rss.jsonl")
+    if not lines:
+        return ""
+    rows = [
+        [
+            line["case"],
+            f"{line['samples']} x {line['length']}",
+            f"{line['model_bytes'] / 2**20:.0f}",
+            f"{line['planned_bytes'] / 2**20:.0f}",
+            f"{line['growth_bytes'] / 2**20:.0f}",
+        ]
+        for line in lines
+    ]
+    head = ["case", "calibration", "model, MiB", "planned, MiB", "measured growth, MiB"]
+    return "## Memory\n\nGrowth of the peak resident size in a fresh process (`benchmarks/bench_rss.py`).\n\n" + table(
+        head, rows
+    )
+
+
+def page() -> str:
+    """Return the whole page."""
+    return "\n".join(part for part in (HEAD, quality(), ratios(), memory()) if part)
+
+
+def main() -> int:
+    """Write the page, or check it; return the exit code."""
+    if "--check" in sys.argv:
+        if PAGE.read_text() != page():
+            sys.stderr.write("stale: docs/results.md; run `make docs`\n")
+            return 1
+        return 0
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
