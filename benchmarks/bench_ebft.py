@@ -1,11 +1,11 @@
 """Block tuning against the published procedure: time of a step, and time to its final block loss; one JSON line each.
 
 Both tune the same block under the same Wanda mask towards the dense block's outputs, in one thread, in thread time.
-`step` interleaves epochs of both at equal batches; its quality says how far the weights of both are apart after equal
-steps without decay and clipping (masked gradients against masks in the forward). `time to reference loss` runs the
-published procedure to its end, then ours until the mean squared error over all sequences, measured with the clock
-stopped, is at or below the reference's; once from the masked weights, once from an exact refit of each linear whose
-time is counted.
+`step` interleaves epochs of both at equal batches; its quality is the ratio of both block losses after equal steps
+without decay and clipping (masked gradients against masks in the forward; 1 = the same training). `time to reference
+loss` runs the published procedure to its end, then ours until the mean squared error over all sequences, measured with
+the clock stopped, is at or below the reference's; once from the masked weights, once from an exact refit of each linear
+whose time is counted. A run that never gets there counts its whole time, and `reached` is false.
 
 Without `--model`: one block of SmolLM2-135M's shape with random weights, on hidden states with a decaying spectrum.
 
@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
+from measure import Times, product_rate, report
 from reference.ebft import PublishedEBFT
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -41,7 +38,7 @@ from secateur.models.blocks import capture, find_blocks, run_block
 from secateur.models.calls import BlockCall
 
 SEED = 0
-FLOPS = 100e9  # float32 products of one AVX-512 core; the floor is 6 flops per token and weight at this rate
+STEP_GATE, RACE_GATE = 1.05, 2.0
 
 
 @dataclass
@@ -178,8 +175,8 @@ def our_clock(case: Case, settings: EBFT) -> tuple[Clock, nn.Module]:
     return clock, block
 
 
-def step_line(case: Case, batch_size: int, repeats: int, label: str) -> dict[str, Any]:
-    """Return the line that compares single steps, and trajectories of equal steps."""
+def bench_step(case: Case, batch_size: int, repeats: int, label: str) -> None:
+    """Print the line that compares single steps, and trajectories of equal steps."""
     ours, reference = [], []
     for _ in range(repeats):
         clock, _ = published_clock(case, PublishedEBFT(epochs=1, batch_size=batch_size))
@@ -192,25 +189,35 @@ def step_line(case: Case, batch_size: int, repeats: int, label: str) -> dict[str
     _, plain = published_clock(
         small, PublishedEBFT(epochs=5, batch_size=2, learning_rate=rate, weight_decay=0.0, clip=float("inf"))
     )
-    equal = EBFT(epochs=5, batch_size=2, learning_rate=rate, warmup=0.0, loss="mse", holdout=0.0, train_norms=True)
+    equal = EBFT(
+        epochs=5,
+        batch_size=2,
+        learning_rate=rate,
+        relative_rate=False,
+        warmup=0.0,
+        loss="mse",
+        holdout=0.0,
+        min_gain=0.0,
+        train_norms=True,
+    )
     _, masked = our_clock(small, equal)
-    start = pruned(case.block, case.masks)
-    apart = moved = 0.0
-    for name in case.masks:
-        one, other, begin = (module.get_submodule(name).weight.detach() for module in (plain, masked, start))
-        apart += float((one - other).square().sum())
-        moved += float((one - begin).square().sum())
     tokens = batch_size * case.inputs.shape[1]
     weights = sum(mask.numel() for mask in case.masks.values())
-    quality = {"weights_apart_over_moved": (apart / moved) ** 0.5}
-    return line(f"step, {label}", reference, ours, quality, 1e3 * 6 * tokens * weights / FLOPS)
+    quality = {"mse_after_equal_steps_ratio": small.error(masked) / small.error(plain)}
+    times = Times(
+        1e3 * statistics.median(reference),
+        1e3 * statistics.median(ours),
+        len(ours),
+        max(spread(reference), spread(ours)),
+    )
+    floor = 6 * tokens * weights / product_rate()
+    report("ebft", f"step, {label}", times, quality=quality, floor_ms=floor, gate=STEP_GATE)
 
 
-def race_lines(case: Case, published: PublishedEBFT, settings: EBFT, label: str) -> list[dict[str, Any]]:
-    """Return the lines that compare the time to the published procedure's final block loss."""
+def bench_race(case: Case, published: PublishedEBFT, settings: EBFT, label: str) -> None:
+    """Print the lines that compare the time to the published procedure's final block loss."""
     clock, block = published_clock(case, published)
     goal, start = case.error(block), case.error(case.block, masked=True)
-    results = []
     for refitted in (False, True):
         block = pruned(case.block, case.masks)
         race = Clock()
@@ -231,41 +238,25 @@ def race_lines(case: Case, published: PublishedEBFT, settings: EBFT, label: str)
 
         settings.tune(case.task(block, look))
         quality = {
+            "reached": bool(reached),
             "start_mse": start,
             "reference_final_mse": goal,
             "our_final_mse": case.error(block),
             "our_total_ms": 1e3 * race.total,
-            "published": f"{published.epochs} epochs of batch {published.batch_size}",
-            "ours": f"{settings.epochs} epochs of batch {settings.batch_size}",
         }
         origin = "a refit (its time included)" if refitted else "the mask alone"
         name = f"time to reference loss, {label}, from {origin}"
-        results.append(line(name, [clock.total], reached or [float("nan")], quality, None))
-    return results
-
-
-def line(
-    case: str, reference: list[float], ours: list[float], quality: dict[str, Any], floor: float | None
-) -> dict[str, Any]:
-    """Return one JSON line; times are thread times in seconds, told in milliseconds."""
-    ref_ms, ours_ms = 1e3 * statistics.median(reference), 1e3 * statistics.median(ours)
-    return {
-        "job": "ebft",
-        "case": case,
-        "device": "cpu",
-        "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "ref_ms": ref_ms,
-        "ours_ms": ours_ms,
-        "ratio": ref_ms / ours_ms,
-        "quality": quality,
-        "floor_ms": floor,
-        "fraction_of_floor": floor / ours_ms if floor else None,
-        "n": len(ours),
-        "spread": max(spread(reference), spread(ours)),
-        "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
-        "seed": SEED,
-    }
+        times = Times(1e3 * clock.total, 1e3 * (reached[0] if reached else race.total), 1, 0.0)
+        report(
+            "ebft",
+            name,
+            times,
+            quality=quality,
+            gate=RACE_GATE,
+            seed=SEED,
+            published=f"{published.epochs} epochs of batch {published.batch_size}",
+            settings=f"{settings.epochs} epochs of batch {settings.batch_size} at most",
+        )
 
 
 def spread(times: list[float]) -> float:
@@ -288,7 +279,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="of the published procedure")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small block, to see that it runs")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.model:
@@ -305,13 +295,8 @@ def main() -> None:
     case = make_case(model, ids, index, given.pattern)
     label += f", {given.pattern}"
     published = PublishedEBFT(epochs=given.epochs, batch_size=given.batch_size)
-    lines = [step_line(case, 2, given.repeats, label), *race_lines(case, published, EBFT(), label)]
-    for found in lines:
-        print(json.dumps(found), flush=True)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with given.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(found) + "\n" for found in lines)
+    bench_step(case, 2, 2 if given.quick else given.repeats, label)
+    bench_race(case, published, EBFT(), label)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class EBFT:
 
     Attributes:
         epochs: passes over the calibration sequences, at most.
-        batch_size: sequences in a step.
+        batch_size: sequences in a step; published 8, but on a few dozen sequences that leaves too few steps.
         learning_rate: peak rate of AdamW, in units of the tensor's size (`relative_rate`) or absolute.
         relative_rate: multiply the rate of each tensor by the root mean square of its kept weights. Weights of 0.02
             (LLaMA-7B) and of 0.4 (SmolLM2-135M) then take steps of the same fraction, with one default for both.
@@ -111,14 +111,14 @@ class EBFT:
         target: `dense_path`, the hidden states of the dense model itself, so that the drift of earlier blocks is
             repaired too; or `dense_block`, the dense block on the sparse path's inputs, as published.
         loss: `relative` or `mse`, see `token_errors`.
-        holdout: fraction of the sequences that only judge; rounded, so fewer than 5 sequences with 0.1 hold out none.
+        holdout: fraction of the sequences that only judge; rounded, so 0.1 of fewer than 6 holds out none.
         min_gain: stop when an epoch lowers the error by less than this fraction; 0 runs all epochs.
         train_norms: also train the block's vectors (gains of norms, biases), as published.
         autocast: bfloat16 products in forward and backward, for GPUs; weights and their state stay as they are.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 10
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] = 2
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.03
     relative_rate: bool = True
     weight_decay: Fraction = 0.0
