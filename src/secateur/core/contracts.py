@@ -68,12 +68,12 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning one block did: mean squared error of its output before and after, and how it got there.
+    """What tuning one block did: the error of its output before and after, and how it got there.
 
     Attributes:
-        before: reconstruction error of the masked block as it came.
-        after: reconstruction error of the block as it was left, never above `before`.
-        scale: mean square of the targets, what both are relative to.
+        before: reconstruction error of the masked block as it came, in the unit of the tuner's loss.
+        after: the same error of the block as it was left, never above `before`.
+        scale: what both are relative to: the mean square of the targets, or 1 where the error is relative already.
         epochs: epochs run.
         seconds: wall time.
         notes: what did not go as planned ("rate halved", "rolled back").

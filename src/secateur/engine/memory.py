@@ -117,8 +117,8 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
 
 
 def tuning_bytes(tuner: BlockTuner, parameters: int, tokens: int, hidden: int, wide: int) -> int:
-    """Return the bytes of one tuning step: gradients, Adam's two moments, best state, and saved activations."""
-    return 4 * 4 * parameters + tokens * (16 * hidden + 8 * wide) * 4
+    """Return the bytes of one tuning step: gradients, Adam's two moments, best state, masks, and saved activations."""
+    return (4 * 4 + 1) * parameters + tokens * (16 * hidden + 8 * wide) * 4
 
 
 def available_memory() -> int:
