@@ -181,3 +181,22 @@ def test_mixture_experts_are_pruned_one_by_one(ids, pruner):
     for linear in find_all_linears(model):
         NM(2, 4).check(linear.read() != 0)
         assert torch.equal(linear.read() != 0, report.masks[linear.name])
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 1000])
+def test_error_correction_follows_the_dense_path_through_blocks_left_alone(make_llama, ids, pruner, batch_tokens):
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watching(type(pruner)):
+        """Remembers the target it is given for the first linear of the last block."""
+
+        def prune(self, problem):
+            seen.setdefault("target", problem.weight.clone())
+            seen.setdefault("dense", (problem.weight if problem.dense is None else problem.dense).clone())
+            return super().prune(problem)
+
+    model = make_llama(layers=3)
+    chosen = assign(model, "50%", {"re:.*layers.[01].*": None})
+    Sweep(patterns=chosen, pruner=Watching(), error_correction=True, batch_tokens=batch_tokens).run(model, ids)
+    # nothing before the last block was pruned, so both paths agree and there is nothing to correct
+    torch.testing.assert_close(seen["target"], seen["dense"], rtol=1e-3, atol=1e-4)

@@ -231,11 +231,15 @@ class Traversal:
             advance(1 / len(chosen))
 
         if not chosen:
+            if self.settings.error_correction and dense is not None:
+                self.forward(dense, self.dense, self.dense)  # later blocks aim at what leaves this one, pruned or not
             if self.outputs_are_final():
                 self.forward(work, self.sparse, outputs)
             advance(1.0)
+        elif self.settings.error_correction and dense is not None:
+            self.prune_beside(work, dense, chosen, outputs, solved)
         elif self.settings.sequential:
-            self.prune_in_step(work, dense, chosen, outputs, solved)
+            self.prune_in_step(work, chosen, outputs, solved)
         else:
             for linear, group in self.observe(work, chosen):
                 solved(linear, group)
@@ -244,7 +248,6 @@ class Traversal:
     def prune_in_step(
         self,
         work: WorkingBlock,
-        dense: WorkingBlock | None,
         chosen: Sequence[LinearView],
         outputs: Activations,
         solved: Callable[[LinearView, Group], None],
@@ -253,9 +256,6 @@ class Traversal:
         groups = Groups(self.wanted(), self.settings.device, self.keeps)
         forwards = [self.lane(work, self.sparse, batch) for batch in range(len(self.ids))]
         stop = len(chosen) if self.settings.tuner is not None else None
-        if self.settings.error_correction and dense is not None:
-            self.prune_beside(work, dense, chosen, outputs, solved)
-            return
 
         def arrive(batch: int, linear: LinearView, given: Tensor) -> None:
             groups.arrive(batch, linear, given, None)
