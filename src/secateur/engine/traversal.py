@@ -27,6 +27,7 @@ from secateur.engine.activations import Activations
 from secateur.engine.groups import Group, Groups
 from secateur.engine.journal import Journal, generator_for
 from secateur.engine.lanes import in_step
+from secateur.engine.movable import Movable, pattern_of_mask
 from secateur.engine.reports import BlockReport, LayerReport, SweepReport, from_json, kept_line, to_json
 from secateur.engine.stream import (
     WorkingBlock,
@@ -392,23 +393,42 @@ class Traversal:
             chosen = hidden if rows is None else hidden[rows]
             return run_block(block, chosen.to(device, non_blocking=True), arguments)
 
-        masked = []
-        for linear in work.linears:
-            if linear.name in masks:
-                mask = linear.parameter_mask(masks[linear.name].to(device))
-                masked.append((linear.parameter, mask))
+        movable = self.movable(work, masks)
         task = BlockTask(
             block=work.module,
-            masked=masked,
+            masked=[(each.linear.parameter, each.mask) for each in movable],
             inputs=inputs,
             targets=targets,
             call=call,
             keep=lambda batch: self.keeps[batch],
             generator=generator_for(self.settings.seed, work.index, "tune"),
             progress=tell,
+            select=[each.select for each in movable],
         )
         with torch.enable_grad():
-            return tuner.tune(task)
+            tuned = tuner.tune(task)
+        for each in movable:
+            if (moved := each.moved(masks[each.linear.name])) is not None:
+                masks[each.linear.name] = moved
+        return tuned
+
+    def movable(self, work: WorkingBlock, masks: Masks) -> list[Movable]:
+        """Return the masks of `work` with what a tuner that moves them must respect."""
+        pruner, device = self.settings.pruner, self.settings.device
+        frozen: dict[str, Tensor] = {}
+        if self.settings.freeze_zeros:
+            frozen = {linear.name: linear.read() == 0 for linear in self.work(work.index).linears}
+        return [
+            Movable(
+                linear,
+                pattern_of_mask(masks[linear.name]) if pruner is None else self.settings.patterns[linear.name],
+                "layer" if pruner is None else pruner.scope,
+                frozen.get(linear.name),
+                linear.parameter_mask(masks[linear.name].to(device)),
+            )
+            for linear in work.linears
+            if linear.name in masks
+        ]
 
     def finish(self, work: WorkingBlock, report: BlockReport, masks: Masks) -> None:
         """Write a finished block back, store it, and count it."""
