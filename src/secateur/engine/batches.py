@@ -115,10 +115,12 @@ class Batches:
 
         return forward
 
-    def forward(self, work: WorkingBlock, inputs: Activations, outputs: Activations) -> None:
-        """Run all batches through `work`; `outputs` may be `inputs`."""
+    def forward(self, work: WorkingBlock, inputs: Activations) -> Activations:
+        """Return what all batches of `inputs` become in `work`."""
+        outputs = inputs.like()
         for batch in range(len(self)):
             outputs[batch] = self.lane(work, inputs, batch)()
+        return outputs
 
     @torch.no_grad()
     def behind_blocks(self, batch: int, linear: LinearView) -> Tensor:
@@ -131,7 +133,7 @@ class Batches:
     def drop(self, batch: int) -> None:
         """Leave `batch` out from now on."""
         for entries in (self.ids, self.keeps, self.calls):
-            del entries[batch]  # type: ignore[attr-defined]
+            del entries[batch]
         kept = [index for index in range(len(self.sparse)) if index != batch]
         self.sparse = _pick(self.sparse, kept)
         self.dense = _pick(self.dense, kept)
