@@ -48,6 +48,15 @@ REGISTRY = Registry(
             "swap pruned and kept weights of any base pruner, row by row, without training",
         ),
         Entry(
+            "sds",
+            "pruner",
+            "secateur.methods.pruners.sds:SDS",
+            "Li et al., COLING 2025, arXiv 2408.10473",
+            ANY,
+            ("gram",),
+            "prune, make dense again, prune a second time, around any base pruner",
+        ),
+        Entry(
             "ebft",
             "block tuner",
             "secateur.methods.block_tuners.ebft:EBFT",
