@@ -48,6 +48,15 @@ REGISTRY = Registry(
             "swap pruned and kept weights of any base pruner, row by row, without training",
         ),
         Entry(
+            "mrp",
+            "pruner",
+            "secateur.methods.pruners.mrp:MRP",
+            "Zhao et al., EMNLP 2024 findings, arXiv 2410.15567",
+            ANY,
+            ("gram",),
+            "remove many weights together, in rounds, with one exact compensation for all of them",
+        ),
+        Entry(
             "sds",
             "pruner",
             "secateur.methods.pruners.sds:SDS",
