@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.pattern import Pattern
+from secateur.core.problem import LayerProblem, Pruned
 from secateur.engine.batches import Batches
 from secateur.engine.groups import Group
 from secateur.models.blocks import Blocks
@@ -33,16 +35,29 @@ class Outside:
         inside = {linear.name for linear in find_all_linears(model, ignore, blocks)}
         named = [name for name in patterns if name not in inside]
         if named:
-            self.linears = find_outside_linears(model, named, blocks)
+            self.linears = find_outside_linears(model, named, blocks, tied=True)
+
+
+class Largest:
+    """What prunes an embedding, whatever the pruner of the linears: no input is known, so the largest weights stay."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[Literal["row", "layer"]] = "layer"
+
+    def prune(self, problem: LayerProblem) -> Pruned:
+        """Return the target with its smallest entries set to zero."""
+        return Pruned.keep(problem.weight, problem.select(problem.weight.abs(), self.scope))
 
 
 def statistics(batches: Batches, linear: LinearView, wanted: set[str]) -> Group:
-    """Return the statistics of the inputs of `linear`, which runs behind the last block.
+    """Return the statistics of the inputs of `linear`, which runs behind the last block; an embedding has none.
 
     Raises:
         InputError: if it does not.
     """
-    group = Group(linear.in_features, wanted, batches.device)
+    if linear.class_name == "Embedding":
+        return Group(linear.in_features, (), batches.device)
+    group = Group(linear.in_features, wanted - {"cross"}, batches.device)
     for batch in range(len(batches)):
         given = batches.behind_blocks(batch, linear).to(batches.device, torch.float32)
         keep: Tensor | None = batches.keeps[batch]

@@ -32,7 +32,7 @@ from secateur.engine.groups import Group
 from secateur.engine.journal import Journal, generator_for
 from secateur.engine.mishaps import Mishaps
 from secateur.engine.movable import Movable, pattern_of_mask
-from secateur.engine.outside import Outside, statistics
+from secateur.engine.outside import Largest, Outside, statistics
 from secateur.engine.reports import BlockReport, LayerReport, SweepReport, from_json, kept_line, to_json
 from secateur.engine.stream import (
     WorkingBlock,
@@ -164,7 +164,8 @@ class Traversal:
         stored = [self.journal.read(number) for number in range(self.journal.finished)]
         reports = [from_json(finished.report) for finished in stored]
         self.mishaps.repeat([mishap for report in reports for mishap in report.mishaps])
-        states = {path: self.journal.hidden(path, len(batches)) for path in batches.paths()}
+        waiting = batches.paths() if len(stored) <= blocks else {}  # nothing is left to do behind the blocks
+        states = {path: self.journal.hidden(path, len(batches)) for path in waiting}
         whole = all(found is not None for found in states.values())
         for index, (finished, report) in enumerate(zip(stored, reports, strict=True)):
             if index == blocks:  # what is outside the blocks comes last
@@ -179,7 +180,7 @@ class Traversal:
                 batches.sparse = batches.forward(self.work(index), batches.sparse)
                 self.release(index)
         if whole:
-            for path, store in batches.paths().items():
+            for path, store in waiting.items():
                 for batch, hidden in enumerate(states[path] or []):
                     store[batch] = hidden
         return min(self.journal.finished, blocks)
@@ -270,7 +271,9 @@ class Traversal:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         weights: dict[str, Tensor] = {}
         for linear in outside.linears:
-            report, mask = self.solve(linear, statistics(self.batches, linear, self.wanted()), pruner)
+            embedding = linear.class_name == "Embedding"
+            group = statistics(self.batches, linear, self.wanted())
+            report, mask = self.solve(linear, group, Largest() if embedding else pruner)
             layers.append(report)
             masks[linear.name] = mask
             weights[names[id(linear.parameter)]] = linear.parameter.detach()
@@ -284,18 +287,19 @@ class Traversal:
         hit("sweep.solve")
         problem = self.problem(linear, group)
         dense = problem.weight if problem.dense is None else problem.dense
-        notes: tuple[str, ...] = (
-            () if group.stats.count else ("no calibration token reached it, so all inputs counted alike",)
-        )
+        notes: tuple[str, ...] = ()
+        if not group.stats.count and linear.class_name != "Embedding":
+            notes = ("no calibration token reached it, so all inputs counted alike",)
+        refit = self.settings.refit and problem.gram is not None
         try:
-            result = solve(pruner, problem, refit=self.settings.refit, guard=self.settings.guard, name=linear.name)
+            result = solve(pruner, problem, refit=refit, guard=self.settings.guard, name=linear.name)
         except NumericError as error:
             if self.settings.fallback != "diag" or problem.gram is None or not is_finite(problem.gram):
                 raise
             notes += (f"degraded: solved on the diagonal of its Gram matrix, because {error.args[0]}",)
             self.report.warnings.append(f"`{linear.name}` is degraded: {error.args[0]}")
             simple = replace(problem, gram=torch.diag(problem.gram.diagonal()), shared={})
-            result = solve(pruner, simple, refit=self.settings.refit, guard=self.settings.guard, name=linear.name)
+            result = solve(pruner, simple, refit=refit, guard=self.settings.guard, name=linear.name)
         linear.write(result.pruned.weight.to(self.stored_dtype(linear)).to(self.dtype))
         mask = result.pruned.mask
         report = LayerReport(
@@ -313,13 +317,13 @@ class Traversal:
 
     def problem(self, linear: LinearView, group: Group) -> LayerProblem:
         """Return the layer problem of `linear` with the statistics of its inputs."""
-        dense = linear.read().float()
+        dense = linear.read().to(self.settings.device, torch.float32)
         if not bool(torch.isfinite(dense).all()):
             bad = int((~torch.isfinite(dense)).sum())
             raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
         statistics = group.statistics()
         target = dense
-        if self.settings.error_correction and group.stats.count:
+        if "cross" in statistics and group.stats.count:
             target = corrected_target(dense, statistics["cross"], statistics["gram"])
         return LayerProblem(
             weight=target,
