@@ -104,9 +104,7 @@ def find_layout(model: nn.Module, blocks: Blocks | None = None) -> Layout:
     blocks = blocks or find_blocks(model)
     name = architecture(model)
     config = getattr(model, "config", None)
-    found = [
-        _block_layout(block, path, name, config) for path, block in zip(blocks.names, blocks.modules, strict=True)
-    ]
+    found = [_block_layout(block, path, name, config) for path, block in zip(blocks.names, blocks.modules, strict=True)]
     return Layout(name, tuple(found))
 
 

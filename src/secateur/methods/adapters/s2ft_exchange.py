@@ -17,8 +17,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, NumericError, RecipeError, StateError, did_you_mean
-from secateur.methods.adapters.s2ft import S2ftConfig, S2ftLinear, S2ftModel
+from secateur.core.errors import InputError, NumericError, RecipeError, did_you_mean
+from secateur.methods.adapters.s2ft import S2ftConfig, S2ftModel
+from secateur.methods.adapters.s2ft_linear import S2ftLinear
 from secateur.methods.adapters.s2ft_selection import Units
 from secateur.models.publish import publish
 from secateur.train.adapter import BASE, check_finite
@@ -182,7 +183,9 @@ def tuner_of(model: nn.Module) -> Any:
 def _known(tuner: Any, adapter: str) -> None:
     if adapter not in tuner.peft_config:
         known = list(tuner.peft_config)
-        raise RecipeError(f"no adapter is called `{adapter}`{did_you_mean(adapter, known)}", hint=f"known: {', '.join(known)}")
+        raise RecipeError(
+            f"no adapter is called `{adapter}`{did_you_mean(adapter, known)}", hint=f"known: {', '.join(known)}"
+        )
 
 
 def _refuse_whole_modules(tuner: Any, adapter: str, what: str) -> None:

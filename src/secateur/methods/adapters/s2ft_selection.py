@@ -6,6 +6,7 @@ or rows, or a single channel. Units are compared over all blocks jointly, so blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, NumericError, RecipeError
+from secateur.core.errors import InputError, NumericError, RecipeError, did_you_mean
 from secateur.core.pattern import pruned_count
 from secateur.models.blocks import evaluating
 from secateur.models.layout import HEADS, KINDS, BlockLayout, Kind, Layout, Place, oriented
@@ -51,6 +52,48 @@ class Wish:
     coupled: bool = False
     exclude: Units = field(default_factory=dict)
     seed: int = 0
+
+
+def check_amount(kind: str, amount: object) -> None:
+    """Raise RecipeError unless `amount` is a fraction or a count."""
+    whole = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 0
+    if not whole and not (isinstance(amount, float) and math.isfinite(amount) and 0 <= amount <= 1):
+        raise RecipeError(
+            f"`{kind}` must be a fraction 0.0 to 1.0 of all units, or a whole number of units in every block, got {amount!r}"
+        )
+
+
+def checked_units(name: str, units: Any) -> Units | None:
+    """Return `units` with whole numbers as block numbers (JSON has none as keys), sorted.
+
+    Raises:
+        RecipeError: if they are malformed.
+    """
+    if units is None:
+        return None
+    shape = f"`{name}` must be {{kind: {{block: [units]}}}}"
+    if not isinstance(units, Mapping):
+        raise RecipeError(f"{shape}, got {units!r}")
+    found: Units = {}
+    for kind, blocks in units.items():
+        if kind not in KINDS:
+            raise RecipeError(
+                f"`{name}` has no kind {kind!r}{did_you_mean(str(kind), KINDS)}", hint=f"known: {', '.join(KINDS)}"
+            )
+        if not isinstance(blocks, Mapping):
+            raise RecipeError(f"{shape}, `{kind}` has {blocks!r}")
+        for number, own in blocks.items():
+            if not str(number).isdecimal() or not isinstance(own, list | tuple):
+                raise RecipeError(f"{shape}, `{kind}` has {number!r}: {own!r}")
+            if any(isinstance(unit, bool) or not isinstance(unit, int) or unit < 0 for unit in own):
+                raise RecipeError(
+                    f"`{name}` of `{kind}` in block {number} must be whole numbers from 0, got {list(own)}"
+                )
+            if len(set(own)) < len(own):
+                raise RecipeError(f"`{name}` of `{kind}` in block {number} names a unit twice: {list(own)}")
+            if own:
+                found.setdefault(kind, {})[int(number)] = sorted(own)
+    return found
 
 
 def choose(
@@ -125,7 +168,8 @@ def drawn(
     if isinstance(amount, int):
         orders = [torch.randperm(len(pool), generator=generator) for pool in pools]
     else:
-        orders = list(torch.randperm(sum(map(len, pools)), generator=generator).split([len(pool) for pool in pools]))
+        joint = torch.randperm(sum(map(len, pools)), generator=generator)
+        orders = list(torch.split(joint, [len(pool) for pool in pools]))
     for score, order in zip(scores, orders, strict=True):
         score.copy_(order)
     return _first(scores, pools, totals, amount, what)
@@ -186,7 +230,10 @@ def unit_scores(
     if strategy == "random":
         return {}
     if strategy == "weight":
-        return {kind: [_norms(_lines(model, block.places[kind]), block.places[kind]) for block in layout.blocks] for kind in kinds}
+        return {
+            kind: [_norms(_lines(model, block.places[kind]), block.places[kind]) for block in layout.blocks]
+            for kind in kinds
+        }
     if strategy == "gradient":
         return _gradients(model, layout, kinds, batches)
     means, squares = _activations(model, layout, kinds, batches)
@@ -235,9 +282,13 @@ def _first(
 ) -> list[Tensor]:
     """Return the units of the smallest scores (one for each unit of a pool); ties keep the first."""
     if isinstance(amount, int):
-        short = next((n for n, (pool, total) in enumerate(zip(pools, totals, strict=True)) if total and len(pool) < amount), None)
+        short = next(
+            (n for n, (pool, total) in enumerate(zip(pools, totals, strict=True)) if total and len(pool) < amount), None
+        )
         if short is not None:
-            raise RecipeError(f"`{what}={amount}` asks block {short} for more than the {len(pools[short])} units it has left")
+            raise RecipeError(
+                f"`{what}={amount}` asks block {short} for more than the {len(pools[short])} units it has left"
+            )
         picked = [score.argsort(stable=True)[:amount] for score in scores]
         return [pool[own.sort().values] for pool, own in zip(pools, picked, strict=True)]
     count, left = pruned_count(amount, sum(totals)), sum(map(len, pools))
@@ -246,7 +297,7 @@ def _first(
     sizes = [len(pool) for pool in pools]
     taken = torch.zeros(left, dtype=torch.bool)
     taken[torch.cat(list(scores)).argsort(stable=True)[:count]] = True
-    return [pool[own] for pool, own in zip(pools, taken.split(sizes), strict=True)]
+    return [pool[own] for pool, own in zip(pools, torch.split(taken, sizes), strict=True)]
 
 
 def _followers(layout: Layout, units: Units) -> Units:
@@ -305,7 +356,7 @@ def _activations(
     def look(place: Place) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].float()
-            x = (x.reshape(-1, x.shape[-1]) if keep is None else x[keep != 0])  # (tokens, units * size)
+            x = x.reshape(-1, x.shape[-1]) if keep is None else x[keep != 0]  # (tokens, units * size)
             units = x.reshape(len(x), place.count, place.size)
             sums[place.module] += units.norm(dim=2).sum(0).cpu()
             squares[place.module] += x.square().sum(0).double().cpu()
@@ -316,7 +367,7 @@ def _activations(
         stack.enter_context(evaluating(model))
         for name, place in places.items():
             stack.callback(model.get_submodule(name).register_forward_pre_hook(look(place)).remove)
-        for ids, keep in token_batches(model, batches):  # noqa: B007  the hooks read `keep`
+        for ids, keep in token_batches(model, batches):  # the hooks read `keep`
             tokens += ids.numel() if keep is None else int((keep != 0).sum())
             model(input_ids=ids, attention_mask=keep, use_cache=False)
     if not tokens:
@@ -324,7 +375,9 @@ def _activations(
     return {name: total / tokens for name, total in sums.items()}, squares
 
 
-def _gradients(model: nn.Module, layout: Layout, kinds: Sequence[Kind], batches: Iterable[Any]) -> dict[Kind, list[Tensor]]:
+def _gradients(
+    model: nn.Module, layout: Layout, kinds: Sequence[Kind], batches: Iterable[Any]
+) -> dict[Kind, list[Tensor]]:
     """Return the summed gradient norms; one matrix's gradient is in memory at a time, reduced as soon as it is made."""
     scores = {kind: [torch.zeros(block.places[kind].count) for block in layout.blocks] for kind in kinds}
     parts: dict[str, list[tuple[Tensor, Place]]] = {}
@@ -346,8 +399,8 @@ def _gradients(model: nn.Module, layout: Layout, kinds: Sequence[Kind], batches:
         stack.enter_context(evaluating(model))
         stack.enter_context(_only_these_train(model, [module.get_parameter("weight") for module in modules.values()]))
         for name, module in modules.items():
-            hook = module.get_parameter("weight").register_post_accumulate_grad_hook(reduce(module, parts[name]))
-            stack.callback(hook.remove)
+            weight: Any = module.get_parameter("weight")
+            stack.callback(weight.register_post_accumulate_grad_hook(reduce(module, parts[name])).remove)
         stack.enter_context(torch.enable_grad())
         for ids, keep in token_batches(model, batches):
             labels = ids if keep is None else ids.masked_fill(keep == 0, -100)
