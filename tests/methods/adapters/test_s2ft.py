@@ -14,8 +14,9 @@ from conftest import random_ids, random_llama
 from families import prepared
 from secateur.core.errors import InputError, NumericError, RecipeError
 from secateur.methods.adapters import s2ft
-from secateur.methods.adapters.s2ft import S2ftConfig, S2ftLinear, Sliced, chosen
+from secateur.methods.adapters.s2ft import S2ftConfig, chosen
 from secateur.methods.adapters.s2ft_exchange import export_lora, fuse_, s2ft_linears, switch_
+from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
 
