@@ -48,6 +48,15 @@ REGISTRY = Registry(
             "swap pruned and kept weights of any base pruner, row by row, without training",
         ),
         Entry(
+            "fistapruner",
+            "pruner",
+            "secateur.methods.pruners.fistapruner:FISTAPruner",
+            "Zhao et al., EMNLP 2025, arXiv 2408.03728",
+            ANY,
+            ("gram",),
+            "follow a path of l1 penalties from any base pruner's solution, round to the pattern, re-solve",
+        ),
+        Entry(
             "mrp",
             "pruner",
             "secateur.methods.pruners.mrp:MRP",
