@@ -151,8 +151,8 @@ def adjust(
     scope: Literal["row", "layer"],
     *,
     steps: int,
-    momentum: float = 0.9,
-    decay: float = 0.5,
+    momentum: float = 0.95,
+    decay: tuple[float, float] = (0.3, 0.8),
     scaled: bool = True,
 ) -> Pruned:
     """Return the best of `steps` gradient steps under a soft mask, `sparse` among them (section 3 of the paper).
@@ -160,7 +160,8 @@ def adjust(
     Latent weights V, in coordinates in which inputs have the mean square 1 (`scaled`) or as they are, follow
     `(M V - target) G + decay (1 - M) V` for all entries, with M the mask of the largest |V| that the pattern allows,
     selected anew in every step. At rest a latent weight outside the mask is `1 / decay` times what it would become if
-    it alone were let in, so that it enters when that is worth more than what the smallest kept weight gives.
+    it alone were let in. Below 1 that is optimistic, for its fellows will move too: the search starts with many trials,
+    and ends with a mask that stays, as the decay rises.
 
     Args:
         problem: the layer, with its Gram.
@@ -168,7 +169,8 @@ def adjust(
         scope: what an unstructured budget is counted over where the pattern names nothing.
         steps: products of `(out, in)` with `(in, in)`, and selections.
         momentum: share of the last step that is added to each.
-        decay: pull on the latent weights outside the mask, in units of the mean diagonal; 0 lets them grow for ever.
+        decay: pull on the latent weights outside the mask in the first and the last step, linear between them, in units
+            of the mean diagonal; 0 lets them grow for ever.
         scaled: compare magnitudes times the root mean square of their input.
     """
     gram = problem.need("gram")
@@ -194,14 +196,15 @@ def adjust(
         value = latent * mask
         error = value - target
         gradient = error @ unit
-        loss = float((gradient * error).sum(dtype=torch.float64))
+        loss = float(torch.dot(gradient.flatten(), error.flatten()))
         if loss < least:
             least = loss
             if step:
                 best = Pruned(value, mask)
         if step == steps:
             break
-        gradient.add_(latent, alpha=decay).sub_(value, alpha=decay)
+        pull = decay[0] + (decay[1] - decay[0]) * step / steps
+        gradient.add_(latent, alpha=pull).sub_(value, alpha=pull)
         velocity.mul_(momentum).sub_(gradient, alpha=1 / largest)
         latent += velocity
         mask = problem.select(latent.abs(), scope)
@@ -255,7 +258,7 @@ class SDS:
         rounds: how often dense and sparse follow; 2 is S-D-S-D-S. Ends early when a round gains less than 0.1 %.
         steps: steps of the second adjustment under a soft mask, see `adjust`; 0 leaves it out.
         momentum: of these steps; published none.
-        decay: pull on latent weights outside the soft mask; published none.
+        decay: pull on latent weights outside the soft mask in the first and in the last step; published none.
         scaled: compare magnitudes of weights times the root mean square of their input; published as they are.
         exact: solve the kept weights exactly after each pruning and in the end.
         early_exit: return the second pruning unchanged where it is better than the first, as the paper does for large
@@ -268,9 +271,9 @@ class SDS:
     l1: NotNegative = 0.0
     l2: NotNegative = 0.0
     rounds: Annotated[int, Field(ge=1)] = 1
-    steps: Annotated[int, Field(ge=0)] = 60
-    momentum: Fraction = 0.9
-    decay: NotNegative = 0.5
+    steps: Annotated[int, Field(ge=0)] = 100
+    momentum: Fraction = 0.95
+    decay: tuple[NotNegative, NotNegative] = (0.3, 0.8)
     scaled: bool = True
     exact: bool = True
     early_exit: bool = False
