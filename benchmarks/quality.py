@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one calibration batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -90,6 +91,7 @@ def main() -> None:
                 guard="unguarded" not in options,
                 seed=given.seed,
                 device=torch.device(given.device),
+                batch_tokens=given.batch_tokens,
             )
             report = sweep.run(model, crops.ids)
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
@@ -115,6 +117,7 @@ def main() -> None:
             "windows": given.windows,
             "window": given.window,
             "seed": given.seed,
+            "batch_tokens": given.batch_tokens,
             "threads": given.threads,
             "device": given.device,
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.core.errors import InputError, RecipeError, ResourceError, StateError
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError
 from secateur.models.linears import find_all_linears
+from secateur.recipe.run import run
 
 CALIBRATION = {"calibration": "builtin:tiny-calibration", "samples": 32, "length": 128}
 TEXT = "builtin:tiny-evaluation"
@@ -271,3 +273,66 @@ def test_frozen_zeros_stay_and_a_lower_target_is_refused(pruned, tmp_path):
         assert (linear.read()[zeros[linear.name]] == 0).all()
     with pytest.raises(InputError, match="above the target"):
         secateur.prune(model, words, pattern="50%", freeze_zeros=True, **CALIBRATION)
+
+
+def test_the_head_is_pruned_and_published_on_request(trained_folder, tmp_path):
+    names = ["lm_head", "model.embed_tokens"]
+    result = secateur.prune(
+        trained_folder, pattern="2:4", method="wanda", include=names, output=tmp_path / "out", **CALIBRATION
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    head = next(layer for layer in result.report["layers"] if layer["name"] == "lm_head")
+    assert head["sparsity"] == pytest.approx(0.5)
+    assert (model.lm_head.weight.reshape(-1, 4) != 0).sum(1).max() == 2
+    assert result.report["sparsity"] == pytest.approx(secateur.evaluate(tmp_path / "out")["sparsity"])
+
+
+def test_weights_that_are_not_finite_are_set_to_zero_on_request(trained_folder, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(trained_folder)
+    broken.model.layers[0].mlp.up_proj.weight.data[3, 5] = torch.nan
+    AutoTokenizer.from_pretrained(trained_folder).save_pretrained(tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    before = files(tmp_path / "broken")
+    with pytest.raises(NumericError, match="NaN"):
+        secateur.prune(tmp_path / "broken", method="wanda", output=tmp_path / "out", **CALIBRATION)
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "out.unfinished", ignore_errors=True)
+    result = secateur.prune(
+        tmp_path / "broken", method="wanda", nonfinite="zero", output=tmp_path / "out", **CALIBRATION
+    )
+    assert any("1 values of `model.layers.0.mlp.up_proj.weight`" in line for line in result.report["warnings"])
+    assert files(tmp_path / "broken") == before
+
+
+def test_a_published_model_with_another_tokenizer_is_refused(pruned, tmp_path):
+    shutil.copytree(pruned[0], tmp_path / "copy")
+    words = tmp_path / "copy" / "tokenizer.json"
+    words.write_text(words.read_text() + "\n")
+    with pytest.raises(InputError, match=r"`tokenizer\.json`.*not the one"):
+        secateur.load(tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").unlink()
+    secateur.load(tmp_path / "copy")
+
+
+def test_a_recipe_that_evaluates_on_its_calibration_text_says_so(trained_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{number}" for number in range(4000)))
+    recipe = secateur.Recipe.from_dict(
+        {
+            "model": str(trained_folder),
+            "stages": [
+                {"prune": {"method": "wanda", "calibration": str(text), "samples": 4, "length": 64}},
+                {"evaluate": {"perplexity": [str(text)], "length": 64, "limit": 2}},
+            ],
+        }
+    )
+    report = run(recipe, tmp_path / "run")
+    assert report["stages"][1]["warnings"] == [
+        f"100.0% of `{text}` stands in the calibration text `{text}`, so its perplexity flatters"
+    ]
+
+
+def test_a_method_that_needs_no_data_reads_none(trained_folder, tmp_path):
+    result = secateur.prune(trained_folder, method="magnitude", calibration=tmp_path / "absent.txt", samples=9)
+    assert any("no calibration text was read" in line for line in result.report["warnings"])
+    assert result.report["calibration"]["tokens"] == 2

@@ -99,6 +99,7 @@ def prune(
     no_guard: o.NoGuard = None,
     freeze_zeros: o.FreezeZeros = None,
     ignore: o.Ignore = None,
+    include: o.Include = None,
     override: o.Override = None,
     calibration: o.Calibration = None,
     samples: o.Samples = None,
@@ -110,6 +111,8 @@ def prune(
     device: o.Device = None,
     dtype: o.Dtype = None,
     offload: o.Offload = None,
+    nonfinite: o.Nonfinite = None,
+    fallback: o.Fallback = None,
     memory_limit: o.MemoryLimit = None,
     max_minutes: o.MaxMinutes = None,
     strict: o.Strict = False,
@@ -145,6 +148,7 @@ def tune(
     device: o.Device = None,
     dtype: o.Dtype = None,
     offload: o.Offload = None,
+    nonfinite: o.Nonfinite = None,
     memory_limit: o.MemoryLimit = None,
     max_minutes: o.MaxMinutes = None,
     strict: o.Strict = False,
@@ -351,8 +355,9 @@ def _stage(kind: str, context: typer.Context) -> None:
             given[name] = [part for text in given[name] for part in _split(text)]
     if "override" in given:
         given["overrides"] = dict(_override(text) for text in given.pop("override"))
-    if "ignore" in given:
-        given["ignore"] = list(given["ignore"])
+    for name in ("ignore", "include"):
+        if name in given:
+            given[name] = list(given[name])
     if kind != "evaluate" and call.get("output") is None and not call.get("dry_run"):
         raise RecipeError("`--output` is missing", hint="name the folder to write with --output DIR")
 

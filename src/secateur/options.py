@@ -54,6 +54,10 @@ Override = Annotated[
     list[str] | None,
     _option("--override", help="Another pattern for some linears, or dense.", panel=_METHOD, metavar="NAME=PATTERN"),
 ]
+Include = Annotated[
+    list[str] | None,
+    _option("--include", help="Prune linears outside the blocks too, such as lm_head.", panel=_METHOD, metavar="NAME"),
+]
 Refit = Annotated[bool | None, _option("--refit", help="Exact least squares on the final mask.", panel=_METHOD)]
 OnePass = Annotated[
     bool | None, _option("--one-pass", help="Calibrate all linears of a block on its dense inputs.", panel=_METHOD)
@@ -138,6 +142,26 @@ Dtype = Annotated[
 ]
 Offload = Annotated[
     str | None, _option("--offload", help="Where hidden states wait.", panel=_RUN, metavar="ram|disk", default="ram")
+]
+Nonfinite = Annotated[
+    str | None,
+    _option(
+        "--nonfinite",
+        help="What to do about NaN and infinity.",
+        panel=_RUN,
+        metavar="error|zero|skip-batch",
+        default="error",
+    ),
+]
+Fallback = Annotated[
+    str | None,
+    _option(
+        "--fallback",
+        help="Where no factorisation works: fail, or use the diagonal.",
+        panel=_RUN,
+        metavar="error|diag",
+        default="error",
+    ),
 ]
 MemoryLimit = Annotated[
     str | None, _option("--memory-limit", help="Main memory to use, such as 6GB.", panel=_RUN, metavar="SIZE")

@@ -46,7 +46,8 @@ class BlockTask:
 
     Attributes:
         block: the block, its pruned weights already zero; edited in place. Parameters are float32 (or the compute dtype).
-        masked: pairs of a parameter of `block` and its bool mask in the parameter's own orientation, True = kept.
+        masked: pairs of a parameter of `block` and its bool mask in the parameter's own orientation, True = kept. A tuner
+            that moves masks writes the new ones into these tensors; they are checked, reported and stored then.
         inputs: sequence of hidden states `(batch, tokens, hidden)`, one per calibration batch, on the sparse path.
         targets: sequence of the outputs to reach, same shapes.
         call: `call(block, i, rows)` runs the block on `inputs[i][rows]` with that batch's own arguments and returns
@@ -54,6 +55,9 @@ class BlockTask:
         keep: `keep(i)` returns the bool `(batch, tokens)` that is True on real tokens, or None where all are real.
         generator: CPU generator seeded for this block; the only randomness a tuner may use.
         progress: called with a fraction 0..1 of the tuning done.
+        select: for each entry of `masked`, `select(score)` returns the mask of the largest scores that the entry's
+            pattern allows, an exact budget without frozen zeros, score and mask in the parameter's own orientation.
+            Empty where masks must stay.
     """
 
     block: nn.Module
@@ -64,6 +68,7 @@ class BlockTask:
     keep: Callable[[int], Tensor | None]
     generator: torch.Generator
     progress: Callable[[float], None] = field(default=lambda fraction: None)
+    select: Sequence[Callable[[Tensor], Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ class Tuned:
 
 @runtime_checkable
 class BlockTuner(Protocol):
-    """One block in, the same block better, its masks kept. `dense_path` asks for targets of the dense model's own path."""
+    """One block in, the same block better, its masks kept, or moved inside their patterns.
+
+    `dense_path` asks for targets of the dense model's own path.
+    """
 
     @property
     def dense_path(self) -> bool: ...

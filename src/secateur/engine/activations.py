@@ -84,7 +84,15 @@ class Activations(Sequence[Tensor]):
 
     def like(self) -> Activations:
         """Return an empty store of the same kind and length."""
-        return Activations(len(self), self.offload, self._folder)
+        return self.of_length(len(self))
+
+    def of_length(self, count: int) -> Activations:
+        """Return an empty store of the same kind for `count` batches."""
+        return Activations(count, self.offload, self._folder)
+
+    def filled(self, index: int) -> bool:
+        """Return whether batch `index` holds hidden states."""
+        return (self._tensors if self._file is None else self._places)[index] is not None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

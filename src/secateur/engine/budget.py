@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import PatternError, RecipeError, did_you_mean
 from secateur.core.pattern import Pattern, Unstructured, parse_pattern, pruned_count
-from secateur.models.linears import LinearView, find_all_linears, match
+from secateur.models.linears import LinearView, find_all_linears, find_outside_linears, match
 
 BUCKETS = 1 << 16
 
@@ -19,6 +19,7 @@ def assign(
     pattern: str | float | Pattern,
     overrides: Mapping[str, str | float | Pattern | None] | None = None,
     ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
 ) -> dict[str, Pattern]:
     """Return the pattern of every linear that will be pruned, checked against its shape.
 
@@ -27,12 +28,16 @@ def assign(
         pattern: for every linear of the blocks.
         overrides: `{name pattern: pattern}`, the last match wins; None (or `dense`) leaves the linear alone.
         ignore: name patterns of linears to leave alone.
+        include: name patterns of linears outside the blocks to prune as well; an embedding by its exact name.
 
     Raises:
         PatternError: if a pattern does not fit the linear it is for.
-        RecipeError: if an entry of `overrides` or `ignore` matches nothing.
+        RecipeError: if an entry of `overrides`, `ignore` or `include` matches nothing.
+        InputError: if an included linear is tied to a module that is not included.
     """
-    linears = list(find_all_linears(model))
+    outside = find_outside_linears(model, include) if include else []
+    _refuse_strangers(model, include, outside)
+    linears = [*find_all_linears(model), *outside]
     chosen: dict[str, Pattern] = {}
     general = parse_pattern(pattern)
     special = [(names, _parse_or_none(wanted)) for names, wanted in (overrides or {}).items()]
@@ -111,6 +116,18 @@ def _parse_or_none(wanted: str | float | Pattern | None) -> Pattern | None:
 
 def _matches(linear: LinearView, names: Sequence[str]) -> bool:
     return match(linear.name, linear.class_name, names)
+
+
+def _refuse_strangers(model: nn.Module, include: Sequence[str], outside: Sequence[LinearView]) -> None:
+    modules = dict(model.named_modules())
+    for names in include:
+        tied = isinstance(modules.get(names), nn.Embedding)  # its head may stand for it
+        if not tied and not any(_matches(linear, [names]) for linear in outside):
+            known = [name for name, module in modules.items() if isinstance(module, nn.Embedding | nn.Linear)]
+            raise RecipeError(
+                f"`include` names `{names}`, which is no linear or embedding outside the blocks{did_you_mean(names, known)}",
+                hint="for example lm_head; linears of the blocks are pruned anyway",
+            )
 
 
 def _refuse_idle(names: str, linears: Sequence[LinearView]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from secateur.core.errors import InputError, NumericError
+from secateur.core.errors import InputError
+from secateur.engine.batches import BatchNotFinite
 from secateur.engine.statistics import LayerStats
 from secateur.models.linears import LinearView
 
@@ -77,7 +78,7 @@ class Groups:
     def check(self, batch: int, linear: LinearView, given: Tensor) -> None:
         """Refuse inputs that no statistic could be made of."""
         if not bool(torch.isfinite(given).all()):
-            raise NumericError(f"the inputs of `{linear.name}` hold NaN or infinity", where=f"batch {batch}")
+            raise BatchNotFinite(f"the inputs of `{linear.name}` hold NaN or infinity", batch)
         keep = self.keeps[batch]
         if keep is not None and given.numel() != keep.numel() * given.shape[-1]:
             raise InputError(

@@ -29,7 +29,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: its linears, what tuning did to its output error (None without a tuner), zeros and size of its linears."""
+    """One block: its linears, what tuning did to its output error (None without a tuner), zeros and size of its linears.
+
+    `mishaps` tells what went wrong with the calibration batches in this block, see `engine/mishaps.py`.
+    """
 
     index: int
     layers: tuple[LayerReport, ...]
@@ -37,6 +40,7 @@ class BlockReport:
     seconds: float
     zeros: int
     size: int
+    mishaps: tuple[str, ...] = ()
 
 
 @dataclass
@@ -84,4 +88,5 @@ def from_json(stored: Mapping[str, object]) -> BlockReport:
     tuned = values["tuned"]
     if isinstance(tuned, dict):
         tuned = Tuned(**{**tuned, "notes": tuple(tuned["notes"])})
-    return BlockReport(values["index"], layers, tuned, values["seconds"], values["zeros"], values["size"])  # type: ignore[arg-type]
+    mishaps: tuple[str, ...] = tuple(values.get("mishaps", ()))  # type: ignore[arg-type]
+    return BlockReport(values["index"], layers, tuned, values["seconds"], values["zeros"], values["size"], mishaps)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from secateur.engine.traversal import Traversal
 from secateur.models.linears import find_all_linears
 
 CPU = torch.device("cpu")
+Nonfinite = Literal["error", "zero", "skip-batch"]
+Fallback = Literal["error", "diag"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Sweep:
         offload: where hidden states wait.
         batch_tokens: tokens of one calibration batch.
         ignore: linears that are not even looked at (also matrices of kinds that are not known), see `models.linears.match`.
+        nonfinite: what to do about NaN and infinity: `error`; `zero` sets such weights to zero before anything else;
+            `skip-batch` leaves out calibration batches whose hidden states are not finite, up to 1 % (at least one).
+        fallback: `diag` solves a linear on the diagonal of its Gram where no factorisation works, and says so.
         deadline: `time.monotonic()` after which the sweep stops at a block boundary.
     """
 
@@ -62,6 +68,8 @@ class Sweep:
     offload: Offload = "ram"
     batch_tokens: int = 8192
     ignore: tuple[str, ...] = ()
+    nonfinite: Nonfinite = "error"
+    fallback: Fallback = "error"
     deadline: float | None = None
 
     def run(

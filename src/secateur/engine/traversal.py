@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,15 +20,19 @@ from secateur.core.errors import (
     TimeLimitReached,
 )
 from secateur.core.faults import hit
-from secateur.core.linalg import corrected_target
+from secateur.core.linalg import corrected_target, is_finite
 from secateur.core.mask import Masks
 from secateur.core.problem import LayerProblem
 from secateur.core.progress import Progress, step
 from secateur.core.solve import solve
 from secateur.engine.activations import Activations
-from secateur.engine.groups import Group, Groups
+from secateur.engine.batches import Batches
+from secateur.engine.calibrate import at_once, beside_dense, in_sequence
+from secateur.engine.groups import Group
 from secateur.engine.journal import Journal, generator_for
-from secateur.engine.lanes import in_step
+from secateur.engine.mishaps import Mishaps
+from secateur.engine.movable import Movable, pattern_of_mask
+from secateur.engine.outside import Largest, Outside, statistics
 from secateur.engine.reports import BlockReport, LayerReport, SweepReport, from_json, kept_line, to_json
 from secateur.engine.stream import (
     WorkingBlock,
@@ -36,13 +42,30 @@ from secateur.engine.stream import (
     return_free_memory,
     write_back_,
 )
-from secateur.models.blocks import Blocks, capture, find_blocks, run_block
-from secateur.models.calls import BlockCall
-from secateur.models.linears import LinearView
+from secateur.models.blocks import Blocks, find_blocks, run_block
+from secateur.models.linears import OUTSIDE, LinearView
 from secateur.models.pages import Mappings
+from secateur.models.repair import zero_nonfinite_
 
 if TYPE_CHECKING:
     from secateur.engine.sweep import Sweep
+
+
+@dataclass
+class PrunedBlock:
+    """What pruning a block found: a line for each linear, the masks, and the block's outputs where they were computed.
+
+    Attributes:
+        layers: one line for each linear that has a pattern.
+        masks: their masks.
+        outputs: of the block as it was left, on the sparse path; None where they were not computed.
+        dense: outputs on the dense path, None likewise.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    masks: Masks = field(default_factory=Masks)
+    outputs: Activations | None = None
+    dense: Activations | None = None
 
 
 class Traversal:
@@ -69,36 +92,28 @@ class Traversal:
         self.journal = journal
         self.progress = progress
         self.dtype = compute_dtype(model, settings.device)
-        self.dense_path = settings.error_correction or (settings.tuner is not None and settings.tuner.dense_path)
-        sequences = max(1, settings.batch_tokens // ids.shape[1])
-        self.ids = list(torch.split(ids, sequences))
-        self.keeps: list[Tensor | None] = [None] * len(self.ids)
-        if keep is not None and not bool(keep.all()):
-            self.keeps = list(torch.split(keep, sequences))
-        self.calls: list[list[BlockCall]] = []
-        self.sparse = Activations(len(self.ids), settings.offload)
-        self.dense = Activations(len(self.ids), settings.offload)
+        self.batches = Batches(
+            model,
+            self.blocks,
+            ids,
+            keep,
+            sequences=max(1, settings.batch_tokens // ids.shape[1]),
+            dense_path=settings.error_correction or (settings.tuner is not None and settings.tuner.dense_path),
+            device=settings.device,
+            dtype=self.dtype,
+            offload=settings.offload,
+        )
+        self.mishaps = Mishaps(self.batches, skip=settings.nonfinite == "skip-batch")
         self.report = SweepReport()
-
-    @torch.no_grad()
-    def embed(self) -> None:
-        """Fill the stores with what enters block 0, and remember what else the blocks are called with."""
-        with step(self.progress, "embedding the calibration text", len(self.ids)) as number:
-            for batch, ids in enumerate(self.ids):
-                like = self.calls[-1] if self.calls else None
-                hidden, calls = capture(self.model, self.blocks, ids, self.keeps[batch], dtype=self.dtype, like=like)
-                self.calls.append(calls)
-                self.sparse[batch] = hidden.to(self.dtype)
-                if self.dense_path:
-                    self.dense[batch] = hidden.to(self.dtype)
-                self.progress.advance(number, 1)
-        Mappings().release(self.model.parameters())
+        if settings.nonfinite == "zero":
+            self.report.warnings += zero_nonfinite_(model)
 
     @torch.no_grad()
     def run(self) -> SweepReport:
-        """Go through all blocks."""
+        """Go through all blocks, and what is to be pruned outside of them."""
         count = len(self.blocks.names)
-        self.embed()
+        outside = Outside(self.model, self.blocks, self.settings.patterns, self.settings.ignore)
+        self.batches.embed(self.progress)
         with step(self.progress, self.title(), count) as number:
             start = self.catch_up()
             self.progress.advance(number, start)
@@ -108,24 +123,28 @@ class Traversal:
                         f"the time limit was reached after {index} of {count} blocks", hint="go on with --resume"
                     )
                 hit("sweep.block")
+                last = index == count - 1 and not outside.linears
                 try:
-                    self.block(index, lambda part: self.progress.advance(number, part), last=index == count - 1)
+                    self.mishaps.survive(partial(self.block, index, partial(self.progress.advance, number), last))
                 except SecateurError as error:
                     error.add_note(f"in block {index} (`{self.blocks.names[index]}`)")
                     raise
+        if outside.linears and len(self.report.blocks) == count:
+            self.prune_outside(outside)
+        self.report.warnings += self.mishaps.warnings
         return self.report
 
     def scores(self, pruner: Scoring) -> Iterator[tuple[str, Tensor]]:
         """Yield the scores of all linears in the dense model, block by block."""
-        self.embed()
+        self.batches.embed(self.progress)
         with step(self.progress, "scoring", len(self.blocks.names)) as number:
             for index in range(len(self.blocks.names)):
                 with torch.no_grad():
                     work = self.work(index)
                     chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
-                    for linear, group in self.observe(work, chosen):
+                    for linear, group in at_once(self.batches, work, chosen, self.wanted()):
                         yield linear.name, pruner.score(self.problem(linear, group))
-                    self.forward(work, self.sparse, self.sparse)
+                    self.batches.sparse = self.batches.forward(work, self.batches.sparse)
                 self.release(index)
                 self.progress.advance(number, 1)
 
@@ -141,47 +160,48 @@ class Traversal:
         if self.journal is None or not self.journal.finished:
             return 0
         self.report.warnings += self.journal.warnings
-        stored = {path: self.journal.hidden(path, len(self.ids)) for path in self.paths()}
-        whole = all(states is not None for states in stored.values())
-        for index in range(self.journal.finished):
-            if self.dense_path and not whole:
-                self.forward(self.dense_work(index), self.dense, self.dense)
-            finished = self.journal.read(index)
+        batches, blocks = self.batches, len(self.blocks.names)
+        stored = [self.journal.read(number) for number in range(self.journal.finished)]
+        reports = [from_json(finished.report) for finished in stored]
+        self.mishaps.repeat([mishap for report in reports for mishap in report.mishaps])
+        waiting = batches.paths() if len(stored) <= blocks else {}  # nothing is left to do behind the blocks
+        states = {path: self.journal.hidden(path, len(batches)) for path in waiting}
+        whole = all(found is not None for found in states.values())
+        for index, (finished, report) in enumerate(zip(stored, reports, strict=True)):
+            if index == blocks:  # what is outside the blocks comes last
+                write_back_(self.model, finished.weights, assign=True)
+                self.account(report, finished.masks)
+                continue
+            if batches.dense_path and not whole:
+                batches.dense = batches.forward(self.dense_work(index), batches.dense)
             write_back_(self.blocks.modules[index], finished.weights, assign=True)
-            self.account(from_json(finished.report), finished.masks)
+            self.account(report, finished.masks)
             if not whole:
-                self.forward(self.work(index), self.sparse, self.sparse)
+                batches.sparse = batches.forward(self.work(index), batches.sparse)
                 self.release(index)
         if whole:
-            for path, store in self.paths().items():
-                for batch, states in enumerate(stored[path] or []):
-                    store[batch] = states
-        return self.journal.finished
-
-    def paths(self) -> dict[str, Activations]:
-        """Return the hidden states that are carried from block to block, by path."""
-        return {"sparse": self.sparse, "dense": self.dense} if self.dense_path else {"sparse": self.sparse}
+            for path, store in waiting.items():
+                for batch, hidden in enumerate(states[path] or []):
+                    store[batch] = hidden
+        return min(self.journal.finished, blocks)
 
     def block(self, index: int, advance: Callable[[float], None], last: bool) -> None:
         """Do one block, from the copy to the journal."""
         started = time.perf_counter()
-        tuner = self.settings.tuner
+        tuner, batches = self.settings.tuner, self.batches
         work = self.work(index)
         dense = self.dense_work(index) if self.teacher is not None or self.settings.error_correction else None
+        dense_next: Activations | None = None  # what leaves this block on the dense path
         targets: Activations | None = None
-        if tuner is not None:
-            targets = self.sparse.like()
-            if tuner.dense_path and not self.settings.error_correction:
-                self.forward(dense or work, self.dense, targets)
-            elif not tuner.dense_path:
-                self.forward(dense or work, self.sparse, targets)
+        if tuner is not None and not self.settings.error_correction:
+            targets = batches.forward(dense or work, batches.dense if tuner.dense_path else batches.sparse)
+            dense_next = targets if tuner.dense_path else None
         share = 1.0 if tuner is None else 0.25
-        outputs = self.sparse.like()
-        layers, masks = self.prune(work, dense, outputs, lambda part: advance(part * share))
-        if self.settings.error_correction and tuner is not None and tuner.dense_path:
-            targets = self.dense
-        elif targets is not None and tuner is not None and tuner.dense_path:
-            self.dense = targets
+        found = self.prune(work, dense, lambda part: advance(part * share))
+        outputs, masks = found.outputs, found.masks
+        dense_next = found.dense if dense_next is None else dense_next
+        if self.settings.error_correction and tuner is not None:
+            targets = dense_next if tuner.dense_path else batches.forward(dense or work, batches.sparse)
         tuned = None
         if tuner is not None and targets is not None:
             told = [0.0]
@@ -195,155 +215,91 @@ class Traversal:
                 tuned = self.tune(tuner, work, masks, targets, tell)
             tell(1.0)
         self.round_(work, masks)
-        rerun = tuner is not None or not self.outputs_are_final()
-        if not last and rerun:
-            self.forward(work, self.sparse, self.sparse)
-        elif not last:
-            self.sparse = outputs
+        if not last and (tuner is not None or outputs is None):
+            outputs = None  # freed before the next ones take its place
+            outputs = batches.forward(work, batches.sparse)
+        if not last and outputs is not None:
+            batches.sparse = outputs
+        if dense_next is not None:
+            batches.dense = dense_next
         zeros = sum(int((linear.read() == 0).sum()) for linear in work.linears)
         size = sum(linear.read().numel() for linear in work.linears)
         seconds = time.perf_counter() - started
-        self.finish(work, BlockReport(index, tuple(layers), tuned, seconds, zeros, size), masks)
+        mishaps = self.mishaps.since_last()
+        report = BlockReport(index, tuple(found.layers), tuned, seconds, zeros, size, mishaps)
+        self.finish(work, report, masks)
 
-    def outputs_are_final(self) -> bool:
-        """Whether the pruning pass itself computed the pruned block's outputs."""
-        return self.settings.pruner is not None and self.settings.sequential
-
-    def prune(
-        self, work: WorkingBlock, dense: WorkingBlock | None, outputs: Activations, advance: Callable[[float], None]
-    ) -> tuple[list[LayerReport], Masks]:
-        """Prune the linears of `work` that have a pattern; fill `outputs` where the pass computes them."""
-        pruner = self.settings.pruner
+    def prune(self, work: WorkingBlock, dense: WorkingBlock | None, advance: Callable[[float], None]) -> PrunedBlock:
+        """Prune the linears of `work` that have a pattern."""
+        pruner, batches = self.settings.pruner, self.batches
         chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
-        reports: list[LayerReport] = []
-        masks = Masks()
+        found = PrunedBlock()
         if pruner is None:
             for linear in chosen:
-                masks[linear.name] = linear.read() != 0
-                reports.append(kept_line(linear, masks[linear.name], str(self.settings.patterns[linear.name])))
+                mask = linear.read() != 0
+                found.masks[linear.name] = mask
+                found.layers.append(kept_line(linear, mask, str(self.settings.patterns[linear.name])))
             advance(1.0)
-            return reports, masks
+            return found
 
-        def solved(linear: LinearView, group: Group) -> None:
+        def decide(linear: LinearView, group: Group) -> None:
             report, mask = self.solve(linear, group, pruner)
-            reports.append(report)
-            masks[linear.name] = mask
+            found.layers.append(report)
+            found.masks[linear.name] = mask
             advance(1 / len(chosen))
 
         if not chosen:
             if self.settings.error_correction and dense is not None:
-                self.forward(dense, self.dense, self.dense)  # later blocks aim at what leaves this one, pruned or not
-            if self.outputs_are_final():
-                self.forward(work, self.sparse, outputs)
+                found.dense = batches.forward(dense, batches.dense)  # later blocks aim at what leaves this one
             advance(1.0)
         elif self.settings.error_correction and dense is not None:
-            self.prune_beside(work, dense, chosen, outputs, solved)
+            found.outputs, found.dense = beside_dense(batches, work, dense, chosen, self.wanted(), decide)
         elif self.settings.sequential:
-            self.prune_in_step(work, chosen, outputs, solved)
+            finish = self.settings.tuner is None
+            found.outputs = in_sequence(batches, work, chosen, self.wanted(), decide, finish=finish)
         else:
-            for linear, group in self.observe(work, chosen):
-                solved(linear, group)
-        return reports, masks
+            for linear, group in at_once(batches, work, chosen, self.wanted()):
+                decide(linear, group)
+        return found
 
-    def prune_in_step(
-        self,
-        work: WorkingBlock,
-        chosen: Sequence[LinearView],
-        outputs: Activations,
-        solved: Callable[[LinearView, Group], None],
-    ) -> None:
-        """Prune each linear when all batches wait before it; see `engine/lanes.py`."""
-        groups = Groups(self.wanted(), self.settings.device, self.keeps)
-        forwards = [self.lane(work, self.sparse, batch) for batch in range(len(self.ids))]
-        stop = len(chosen) if self.settings.tuner is not None else None
-
-        def arrive(batch: int, linear: LinearView, given: Tensor) -> None:
-            groups.arrive(batch, linear, given, None)
-
-        def leave(batch: int, output: Tensor) -> None:
-            outputs[batch] = output
-
-        in_step(
-            chosen,
-            forwards,
-            arrive=arrive,
-            decide=lambda linear: solved(linear, groups.current),
-            leave=leave,
-            stop_after=stop,
-        )
-
-    def prune_beside(
-        self,
-        work: WorkingBlock,
-        dense: WorkingBlock,
-        chosen: Sequence[LinearView],
-        outputs: Activations,
-        solved: Callable[[LinearView, Group], None],
-    ) -> None:
-        """As `prune_in_step`, with every batch's dense path running in step beside its sparse path.
-
-        Lanes 2 b and 2 b + 1 are the dense and the sparse path of batch b, so each sparse arrival finds its dense twin.
-        """
-        if work.unpacked:
-            raise InputError(
-                f"error correction compares the two paths token by token, but the experts of `{work.name}` see different tokens",
-                hint="leave out `error_correction`",
-            )
-        groups = Groups(self.wanted(), self.settings.device, self.keeps)
-        twins: dict[int, Tensor] = {}
-        pairs = {linear.name: linear for linear in chosen}
-        forwards: list[Callable[[], Tensor]] = []
-        for batch in range(len(self.ids)):
-            forwards += [self.lane(dense, self.dense, batch), self.lane(work, self.sparse, batch)]
-        dense_chosen = [linear for linear in dense.linears if linear.name in pairs]
-
-        def arrive(lane: int, linear: LinearView, given: Tensor) -> None:
-            batch, sparse = divmod(lane, 2)
-            if sparse:
-                groups.arrive(batch, linear, given, twins.pop(batch))
-            else:
-                twins[batch] = given
-
-        def leave(lane: int, output: Tensor) -> None:
-            batch, sparse = divmod(lane, 2)
-            (outputs if sparse else self.dense)[batch] = output
-
-        in_step(
-            chosen,
-            forwards,
-            arrive=arrive,
-            decide=lambda linear: solved(linear, groups.current),
-            leave=leave,
-            also=dense_chosen,
-        )
-
-    def observe(self, work: WorkingBlock, chosen: Sequence[LinearView]) -> list[tuple[LinearView, Group]]:
-        """Return the statistics of all `chosen` linears with the block's weights as they are, as published code takes them."""
-        groups = Groups(self.wanted(), self.settings.device, self.keeps)
-        by_linear: dict[str, Group] = {}
-        for batch in range(len(self.ids)):
-
-            def arrive(_: int, linear: LinearView, given: Tensor, batch: int = batch) -> None:
-                by_linear[linear.name] = groups.arrive(batch, linear, given, None, forget=False)
-
-            # one batch at a time: nothing is decided before all of them have passed
-            in_step(
-                chosen,
-                [self.lane(work, self.sparse, batch)],
-                arrive=arrive,
-                decide=lambda linear: None,
-                leave=lambda lane, output: None,
-                stop_after=len(chosen),
-            )
-        return [(linear, by_linear[linear.name]) for linear in chosen]
+    def prune_outside(self, outside: Outside) -> None:
+        """Prune what stands behind the blocks, on what leaves the last of them."""
+        pruner = self.settings.pruner
+        if pruner is None:
+            return
+        started, layers, masks = time.perf_counter(), [], Masks()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        weights: dict[str, Tensor] = {}
+        for linear in outside.linears:
+            embedding = linear.class_name == "Embedding"
+            group = statistics(self.batches, linear, self.wanted())
+            report, mask = self.solve(linear, group, Largest() if embedding else pruner)
+            layers.append(report)
+            masks[linear.name] = mask
+            weights[names[id(linear.parameter)]] = linear.parameter.detach()
+        whole = BlockReport(len(self.blocks), tuple(layers), None, time.perf_counter() - started, 0, 0)
+        if self.journal is not None:
+            write_back_(self.model, self.journal.add(weights, masks, to_json(whole), {}).weights, assign=True)
+        self.account(whole, masks)
 
     def solve(self, linear: LinearView, group: Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
         """Prune one linear of the working copy, in its storage dtype's precision."""
         hit("sweep.solve")
         problem = self.problem(linear, group)
         dense = problem.weight if problem.dense is None else problem.dense
-        notes = () if group.stats.count else ("no calibration token reached it, so all inputs counted alike",)
-        result = solve(pruner, problem, refit=self.settings.refit, guard=self.settings.guard, name=linear.name)
+        notes: tuple[str, ...] = ()
+        if not group.stats.count and linear.class_name != "Embedding":
+            notes = ("no calibration token reached it, so all inputs counted alike",)
+        refit = self.settings.refit and problem.gram is not None
+        try:
+            result = solve(pruner, problem, refit=refit, guard=self.settings.guard, name=linear.name)
+        except NumericError as error:
+            if self.settings.fallback != "diag" or problem.gram is None or not is_finite(problem.gram):
+                raise
+            notes += (f"degraded: solved on the diagonal of its Gram matrix, because {error.args[0]}",)
+            self.report.warnings.append(f"`{linear.name}` is degraded: {error.args[0]}")
+            simple = replace(problem, gram=torch.diag(problem.gram.diagonal()), shared={})
+            result = solve(pruner, simple, refit=refit, guard=self.settings.guard, name=linear.name)
         linear.write(result.pruned.weight.to(self.stored_dtype(linear)).to(self.dtype))
         mask = result.pruned.mask
         report = LayerReport(
@@ -361,13 +317,13 @@ class Traversal:
 
     def problem(self, linear: LinearView, group: Group) -> LayerProblem:
         """Return the layer problem of `linear` with the statistics of its inputs."""
-        dense = linear.read().float()
+        dense = linear.read().to(self.settings.device, torch.float32)
         if not bool(torch.isfinite(dense).all()):
             bad = int((~torch.isfinite(dense)).sum())
             raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
         statistics = group.statistics()
         target = dense
-        if self.settings.error_correction and group.stats.count:
+        if "cross" in statistics and group.stats.count:
             target = corrected_target(dense, statistics["cross"], statistics["gram"])
         return LayerProblem(
             weight=target,
@@ -384,7 +340,8 @@ class Traversal:
         self, tuner: BlockTuner, work: WorkingBlock, masks: Masks, targets: Activations, tell: Callable[[float], None]
     ) -> Tuned:
         """Tune the working copy, gradients on."""
-        device, calls, inputs = self.settings.device, self.calls, self.sparse
+        device, calls, inputs = self.settings.device, self.batches.calls, self.batches.sparse
+        keeps = self.batches.keeps
 
         def call(block: nn.Module, batch: int, rows: slice | None) -> Tensor:
             hidden = inputs[batch]
@@ -392,23 +349,42 @@ class Traversal:
             chosen = hidden if rows is None else hidden[rows]
             return run_block(block, chosen.to(device, non_blocking=True), arguments)
 
-        masked = []
-        for linear in work.linears:
-            if linear.name in masks:
-                mask = linear.parameter_mask(masks[linear.name].to(device))
-                masked.append((linear.parameter, mask))
+        movable = self.movable(work, masks)
         task = BlockTask(
             block=work.module,
-            masked=masked,
+            masked=[(each.linear.parameter, each.mask) for each in movable],
             inputs=inputs,
             targets=targets,
             call=call,
-            keep=lambda batch: self.keeps[batch],
+            keep=lambda batch: keeps[batch],
             generator=generator_for(self.settings.seed, work.index, "tune"),
             progress=tell,
+            select=[each.select for each in movable],
         )
         with torch.enable_grad():
-            return tuner.tune(task)
+            tuned = tuner.tune(task)
+        for each in movable:
+            if (moved := each.moved(masks[each.linear.name])) is not None:
+                masks[each.linear.name] = moved
+        return tuned
+
+    def movable(self, work: WorkingBlock, masks: Masks) -> list[Movable]:
+        """Return the masks of `work` with what a tuner that moves them must respect."""
+        pruner, device = self.settings.pruner, self.settings.device
+        frozen: dict[str, Tensor] = {}
+        if self.settings.freeze_zeros:
+            frozen = {linear.name: linear.read() == 0 for linear in self.work(work.index).linears}
+        return [
+            Movable(
+                linear,
+                pattern_of_mask(masks[linear.name]) if pruner is None else self.settings.patterns[linear.name],
+                "layer" if pruner is None else pruner.scope,
+                frozen.get(linear.name),
+                linear.parameter_mask(masks[linear.name].to(device)),
+            )
+            for linear in work.linears
+            if linear.name in masks
+        ]
 
     def finish(self, work: WorkingBlock, report: BlockReport, masks: Masks) -> None:
         """Write a finished block back, store it, and count it."""
@@ -416,7 +392,7 @@ class Traversal:
         weights = changed_parameters(work, original)
         self.release(work.index)  # the old weights' pages, before other tensors take their place
         if self.journal is not None:
-            finished = self.journal.add(weights, masks, to_json(report), self.paths())
+            finished = self.journal.add(weights, masks, to_json(report), self.batches.paths())
             write_back_(original, finished.weights, assign=True)
         else:
             write_back_(original, weights, assign=False)
@@ -452,6 +428,8 @@ class Traversal:
 
     def stored_dtype(self, linear: LinearView) -> torch.dtype:
         """Return the dtype that the model keeps the weights of this linear in."""
+        if linear.block == OUTSIDE:
+            return linear.parameter.dtype
         return next(self.blocks.modules[linear.block].parameters()).dtype
 
     def dense_work(self, index: int) -> WorkingBlock:
@@ -461,23 +439,6 @@ class Traversal:
     def work(self, index: int, blocks: Blocks | None = None) -> WorkingBlock:
         """Return a working copy of block `index` of the model, or of other `blocks`."""
         return borrow(blocks or self.blocks, index, self.settings.device, self.dtype, self.settings.ignore)
-
-    def lane(self, work: WorkingBlock, inputs: Activations, batch: int) -> Callable[[], Tensor]:
-        """Return the forward of `batch` through `work`, to be run later."""
-
-        def forward() -> Tensor:
-            hidden = inputs[batch].to(self.settings.device)
-            output = run_block(work.module, hidden, self.calls[batch][work.index].to(self.settings.device, self.dtype))
-            if not bool(torch.isfinite(output).all()):
-                raise NumericError(f"the outputs of block {work.index} hold NaN or infinity", where=f"batch {batch}")
-            return output
-
-        return forward
-
-    def forward(self, work: WorkingBlock, inputs: Activations, outputs: Activations) -> None:
-        """Run all batches through `work`; `outputs` may be `inputs`."""
-        for batch in range(len(self.ids)):
-            outputs[batch] = self.lane(work, inputs, batch)()
 
     def wanted(self) -> set[str]:
         """Return the statistics that this sweep collects."""

@@ -135,6 +135,37 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return _hidden_of(output, hidden, block)
 
 
+def replay_tail(
+    model: nn.Module,
+    blocks: Blocks,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    hidden: Tensor,
+    name: str,
+    module: nn.Module,
+) -> Tensor:
+    """Return what `module`, which runs behind the last block, is given when the last block returns `hidden`.
+
+    Only what stands between the last block and `module` is computed (norms, projections), in the model's own dtype.
+
+    Args:
+        model: the model that `blocks` and `module` belong to.
+        blocks: from `find_blocks(model)`, captured once.
+        input_ids: int64 `(batch, tokens)`.
+        attention_mask: `(batch, tokens)`, true on real tokens; None where all are real.
+        hidden: `(batch, tokens, hidden)`, the outputs of the last block.
+        name: of `module`, for the message.
+        module: a linear outside the blocks.
+
+    Raises:
+        InputError: if `module` does not run behind the blocks.
+    """
+    ids, mask = _checked(model, input_ids, attention_mask)
+    parameter = next(model.parameters())
+    with torch.no_grad(), evaluating(model):
+        return _Skeleton(model, blocks).behind(ids, mask, hidden.to(parameter.device, parameter.dtype), name, module)
+
+
 def check_replay(
     model: nn.Module,
     blocks: Blocks,
@@ -238,6 +269,39 @@ class _Skeleton:
         if self.passed is None:
             raise self.refusal(f"does not call `{self.blocks.names[-1]}`")
         return self.passed
+
+    def behind(self, ids: Tensor, mask: Tensor | None, hidden: Tensor, name: str, module: nn.Module) -> Tensor:
+        """Return the input of `module` when the last block returns `hidden`."""
+        reached = False
+        given: list[Tensor] = []
+
+        def passing(position: int, block: nn.Module) -> Callable[..., Any]:
+            def answer(*args: Any, **kwargs: Any) -> Any:
+                nonlocal reached
+                reached = position == len(self.blocks) - 1
+                count = self.blocks.returns[type(block)]
+                return hidden if count == 0 else (hidden, *[None] * (count - 1))
+
+            return answer
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            if not reached:
+                raise InputError(
+                    f"`{name}` of {architecture(self.model)} runs before the blocks, where nothing is pruned",
+                    hint="leave it out of `include`",
+                )
+            given.append(args[0])
+            raise _LastBlockSeen
+
+        with ExitStack() as stack:
+            for position, block in enumerate(self.blocks.modules):
+                stack.enter_context(_forward_replaced(block, passing(position, block)))
+            stack.enter_context(_forward_replaced(module, stop))
+            stack.enter_context(suppress(_LastBlockSeen))
+            self.call_model(ids, mask)
+        if not given:
+            raise InputError(f"`{name}` of {architecture(self.model)} is never run", hint="leave it out of `include`")
+        return given[0]
 
     def call_model(self, ids: Tensor, mask: Tensor | None) -> None:
         parameters = inspect.signature(self.model.forward).parameters

@@ -28,7 +28,7 @@ from secateur.models.model_checks import (
     refuse_noncausal,
     refuse_unready,
 )
-from secateur.models.publish import publish
+from secateur.models.publish import publish, refuse_other_tokenizer
 from secateur.models.quiet import quiet
 from secateur.models.save import save_model
 from secateur.models.weights import TORCH_DTYPES, belies_tie
@@ -242,6 +242,7 @@ def _refuse_tables(config: Any, found: Survey) -> None:
 def _tokenizer(spec: str, folder: Path, found: Survey, config: Any) -> Any:
     from transformers import AutoTokenizer
 
+    refuse_other_tokenizer(folder)
     with quiet(), opening(f"the tokenizer of `{spec}`"):
         words = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=found.runs_code

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,8 @@ class LinearView:
     Attributes:
         name: module name in the model, in memory ("model.layers.0.mlp.down_proj").
         block: number of its block, `OUTSIDE` if it is in none.
-        class_name: "Linear" or "Conv1D", what patterns may name; an expert's slice is a "Linear".
+        class_name: "Linear" or "Conv1D", what patterns may name; an expert's slice is a "Linear". "Embedding" outside
+            the blocks.
         parameter: the parameter it lives in.
         module: the module that applies it; None for a slice of packed experts, which has none of its own.
         bias: `(out_features,)` or None.
@@ -142,29 +143,40 @@ def find_all_linears(model: nn.Module, ignore: Sequence[str] = (), blocks: Block
     return views
 
 
-def find_outside_linears(model: nn.Module, patterns: Sequence[str], blocks: Blocks | None = None) -> list[LinearView]:
+def find_outside_linears(
+    model: nn.Module, patterns: Sequence[str], blocks: Blocks | None = None, *, tied: bool = False
+) -> list[LinearView]:
     """Return the linears outside the blocks (the head, projections of embeddings) that match `patterns`.
 
-    Embeddings are never among them.
+    An embedding is among them only if a pattern is its exact name; its rows are tokens and it has no inputs to calibrate
+    on. Where the head is tied to the embedding both must be named, and one view stands for both: the head's.
 
     Args:
         model: a decoder-only language model.
         patterns: which ones, see `match`; none are returned that are not asked for.
         blocks: from `find_blocks(model)`, if known already.
+        tied: do not ask whether all that is tied is named, because it is known already.
 
     Raises:
-        InputError: if one of them is tied to another module, such as a head to the embedding.
+        InputError: if one of them is tied to a module that is not named, such as a head to the embedding.
     """
     blocks = blocks or find_blocks(model)
     views: list[LinearView] = []
+    embeddings: list[LinearView] = []
     for name, module in model.named_modules():
-        inside = any(name == block or name.startswith(f"{block}.") for block in blocks.names)
-        if not inside and _is_linear(module):
+        if any(name == block or name.startswith(f"{block}.") for block in blocks.names):
+            continue
+        if _is_linear(module):
             views += [view for view in _views(module, name, OUTSIDE) if match(name, view.class_name, patterns)]
-    for view in views:
+        elif isinstance(module, nn.Embedding) and name in patterns:
+            embeddings.append(LinearView(name, OUTSIDE, "Embedding", module.get_parameter("weight"), module))
+    named = [*views, *embeddings]
+    for view in named:
         _refuse_quantised(view)
-    _refuse_shared(model, views)
-    return views
+    if not tied:
+        _refuse_shared(model, named, together={view.name for view in named})
+    heads = {_place(view.parameter) for view in views}
+    return views + [view for view in embeddings if _place(view.parameter) not in heads]
 
 
 def sparsity(model: nn.Module) -> float:
@@ -302,22 +314,25 @@ def _refuse_quantised(view: LinearView) -> None:
         )
 
 
-def _refuse_shared(model: nn.Module, views: Sequence[LinearView]) -> None:
-    """Raise InputError if the parameter of a view is registered under a second name anywhere in `model`."""
+def _refuse_shared(model: nn.Module, views: Sequence[LinearView], together: Collection[str] = frozenset()) -> None:
+    """Raise InputError if the parameter of a view is registered under a second name anywhere in `model`.
+
+    Modules named in `together` may share theirs: they are meant to be pruned as one.
+    """
     names: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(_place(parameter), []).append(name)
     for view in views:
-        owners = names[_place(view.parameter)]
-        if len(owners) > 1:
-            raise _shared(view.name, *(owner.rpartition(".")[0] for owner in owners))
+        owners = [owner.rpartition(".")[0] for owner in names[_place(view.parameter)]]
+        if len(owners) > 1 and not set(owners).issubset(together):
+            raise _shared(view.name, *owners)
 
 
 def _shared(name: str, *owners: str) -> InputError:
     others = ", ".join(f"`{owner}`" for owner in owners if owner != name) or "itself"
     return InputError(
         f"`{name}` shares its weight with {others}: pruning one would prune the other",
-        hint="leave it out with `ignore`, or untie the weights first",
+        hint="leave it out with `ignore`, or, outside the blocks, name all of them in `include`",
     )
 
 

@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core import faults
-from secateur.core.errors import ResourceError, StateError
+from secateur.core.errors import InputError, ResourceError, StateError
 from secateur.core.fetch import file_sha256, locked, sync_folder, unwritable
 
 MANIFEST = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 FORMAT = "secateur output"
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -104,6 +105,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
         return None
     return found
+
+
+def refuse_other_tokenizer(folder: Path) -> None:
+    """Raise if the tokenizer in a published folder is not the one it was published with: ids would mean other words.
+
+    Raises:
+        InputError: naming the file that changed.
+    """
+    manifest = read_manifest(folder)
+    for name in TOKENIZER_FILES if manifest is not None else ():
+        line = manifest["files"].get(name) if manifest is not None else None
+        if not isinstance(line, dict) or not (folder / name).is_file():
+            continue
+        if file_sha256(folder / name) != line.get("sha256"):
+            raise InputError(
+                f"`{name}` in `{folder}` is not the one that the model was published with",
+                hint=f"put it back, or delete `{MANIFEST}` to accept the new one",
+            )
 
 
 def is_complete(folder: Path) -> bool:

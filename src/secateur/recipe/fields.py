@@ -89,6 +89,8 @@ TuningSpec = Annotated[str | dict[str, Any], _named("block tuner", "ebft")]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Offload = Literal["ram", "disk"]
+Nonfinite = Literal["error", "zero", "skip-batch"]
+Fallback = Literal["error", "diag"]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Strict(), Field(ge=1, le=10_000_000)]
 Count = Annotated[int, Strict(), Field(ge=0)]

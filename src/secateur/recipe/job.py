@@ -116,18 +116,20 @@ class Job:
         return self.tokenizer
 
     def calibration(self, *, needed: bool) -> Calibration:
-        """Return the calibration tokens; a single token where none are needed and none were given."""
+        """Return the calibration tokens; two tokens where none are needed, whatever was given."""
         options = self.options
         given = options.get("calibration")
         config = self.config()
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         vocabulary = embeddings.num_embeddings
         limit = getattr(config, "max_position_embeddings", None)
-        if given is None:
+        if given is None or not needed:
             if needed:
                 raise RecipeError(
                     "`calibration` is missing: this method looks at data", hint="for example --calibration wikitext2"
                 )
+            if given is not None:
+                self.warnings.append("no calibration text was read, because this method looks at weights alone")
             return from_ids(torch.zeros(1, 2, dtype=torch.int64), vocabulary=vocabulary)
         if isinstance(given, Calibration):
             return given

@@ -19,18 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secateur.core.errors import ResourceError, StateError
 from secateur.core.faults import hit
 from secateur.core.progress import Progress, Silent
 from secateur.core.versions import versions
+from secateur.data.text import Text, load_text, overlap
 from secateur.recipe import stages
 from secateur.recipe.report import write_report
 from secateur.recipe.schema import Recipe, Step
 
 MAKES_MODEL = ("prune", "tune")
 DONE = "stages.json"
+SEEN = 0.01  # of an evaluation text may stand in the calibration text before it is worth a warning
 
 
 def run(
@@ -110,9 +112,36 @@ def _run_stage(
         return dict(report)
     if step.kind == "export":
         return stages.export(model, output=folder, overwrite=True, **arguments)
-    return stages.evaluate(
+    report = stages.evaluate(
         model, progress=show, **{"label": _label(done), **{k: v for k, v in arguments.items() if v is not None}}
     )
+    report["warnings"] += _seen_before(recipe, arguments)
+    return report
+
+
+def _seen_before(recipe: Recipe, evaluation: dict[str, Any]) -> list[str]:
+    """Return a warning for every evaluation text of which a part stands in a calibration text of the recipe."""
+    found: list[str] = []
+    loaded: dict[tuple[str, str, str], Text] = {}
+
+    def text(spec: str, field: str, role: Literal["calibration", "evaluation"], skip_bad: int) -> Text:
+        if (spec, field, role) not in loaded:
+            loaded[spec, field, role] = load_text(spec, field=field, role=role, skip_bad=skip_bad)
+        return loaded[spec, field, role]
+
+    for step in recipe.steps():
+        used = step.arguments
+        if (source := used.get("calibration")) is None:
+            continue
+        for spec in evaluation.get("perplexity") or ():
+            seen = overlap(
+                text(source, used["field"], "calibration", used["skip_bad"]),
+                text(spec, evaluation["field"], "evaluation", evaluation["skip_bad"]),
+            )
+            sentence = f"{seen:.1%} of `{spec}` stands in the calibration text `{source}`, so its perplexity flatters"
+            if seen > SEEN and sentence not in found:
+                found.append(sentence)
+    return found
 
 
 def _label(done: list[dict[str, Any]]) -> str:

@@ -27,9 +27,11 @@ from secateur.recipe.fields import (
     Count,
     Device,
     Dtype,
+    Fallback,
     Flag,
     Length,
     Name,
+    Nonfinite,
     Offload,
     Override,
     PatternText,
@@ -69,6 +71,7 @@ class _Calibrated(_Model):
     device: Device | None = None
     dtype: Dtype | None = None
     offload: Offload | None = None
+    nonfinite: Nonfinite = "error"
 
     @model_validator(mode="before")
     @classmethod
@@ -97,7 +100,9 @@ class Prune(_Calibrated):
     guard: Flag = True
     freeze_zeros: Flag = False
     ignore: Texts = ()
+    include: Texts = ()
     overrides: dict[str, Override] | None = None
+    fallback: Fallback = "error"
 
     @model_validator(mode="before")
     @classmethod

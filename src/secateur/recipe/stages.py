@@ -23,7 +23,7 @@ from secateur.data.text import load_text, tokenise
 from secateur.engine.activations import Offload
 from secateur.engine.budget import assign
 from secateur.engine.memory import peak_memory
-from secateur.engine.sweep import Sweep
+from secateur.engine.sweep import Fallback, Nonfinite, Sweep
 from secateur.export import bitmask
 from secateur.export.summary import inspect as summarise
 from secateur.models.files import save_model
@@ -55,7 +55,10 @@ def prune(
     guard: bool = True,
     freeze_zeros: bool = False,
     ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
     overrides: Mapping[str, str | float | Pattern | None] | None = None,
+    nonfinite: Nonfinite = "error",
+    fallback: Fallback = "error",
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -94,7 +97,13 @@ def prune(
         guard: drop a weight update that makes a layer's loss worse than its mask alone.
         freeze_zeros: zeros that the model already has stay, and count in the budget.
         ignore: linears to leave dense: exact names, classes, globs (`*.down_proj`) or `re:<regex>`.
+        include: linears outside the blocks to prune as well, such as `lm_head`; an embedding by its exact name, pruned by
+            magnitude. A head that is tied to the embedding needs both names. They come after the last block.
         overrides: `{name pattern: pattern}` for single linears; `dense` or None leaves them alone.
+        nonfinite: NaN or infinity is an `error`; `zero` sets such weights to zero first; `skip-batch` leaves out
+            calibration batches that overflow, up to 1 % of them (at least one).
+        fallback: where no factorisation of a Gram matrix works: `error`, or `diag` to use its diagonal alone and call
+            the linear degraded in the report (an error all the same with `strict`).
         seed: decides the calibration samples and all randomness of tuning.
         device: where blocks are computed; a CUDA device if there is one, else `cpu`.
         dtype: dtype of the weights of a model that is loaded here; the stored one if None.
@@ -127,7 +136,7 @@ def prune(
     general = parse_pattern(pattern)
     refuse_existing(output, resume, overwrite)
     job = Job("prune", model, tokenizer, None, locals())
-    patterns = assign(job.model, general, overrides, ignore)
+    patterns = assign(job.model, general, overrides, ignore, include)
     data = job.calibration(needed=bool(pruner.needs) or tuning is not None or refit or error_correction)
     sweep = Sweep(
         patterns=patterns,
@@ -143,6 +152,8 @@ def prune(
         offload=offload,
         batch_tokens=batch_tokens,
         ignore=tuple(ignore),
+        nonfinite=nonfinite,
+        fallback="error" if strict else fallback,
         deadline=job.deadline,
     )
     settings = {
@@ -155,6 +166,9 @@ def prune(
         "guard": guard,
         "freeze_zeros": freeze_zeros,
         "ignore": list(ignore),
+        "include": list(include),
+        "nonfinite": nonfinite,
+        "fallback": fallback,
         "overrides": {name: None if wanted is None else str(wanted) for name, wanted in (overrides or {}).items()},
     }
     return job.run(sweep, data, settings, None)
@@ -170,6 +184,7 @@ def tune(
     samples: int = 128,
     length: int = 2048,
     ignore: Sequence[str] = (),
+    nonfinite: Nonfinite = "error",
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -196,7 +211,7 @@ def tune(
         model: the sparse model; masks are read from its zeros.
         method: a block tuner, e.g. `ebft`.
         teacher: the dense model; None takes the base model named in the sparse model's `secateur.json`.
-        tokenizer, calibration, samples, length, ...: as in `prune`.
+        tokenizer, calibration, samples, length, nonfinite, ...: as in `prune`.
 
     Returns:
         `Result(model, report)`.
@@ -226,9 +241,16 @@ def tune(
         offload=offload,
         batch_tokens=batch_tokens,
         ignore=tuple(ignore),
+        nonfinite=nonfinite,
         deadline=job.deadline,
     )
-    settings = {"method": describe(tuning), "tuner": describe(tuning), "pattern": "as found", "ignore": list(ignore)}
+    settings = {
+        "method": describe(tuning),
+        "tuner": describe(tuning),
+        "pattern": "as found",
+        "ignore": list(ignore),
+        "nonfinite": nonfinite,
+    }
     return job.run(sweep, data, settings, job.teacher)
 
 
@@ -364,10 +386,8 @@ def export(
     job = Job("export", model, tokenizer, None, {**locals(), "inplace": True})
     side = job.side or {"stage": "export", "base_model": job.identity()}
     with publish(target, overwrite) as folder:
-        if format == "bitmask":
-            bitmask.write(job.model, job.tokenizer, folder, side)
-        else:
-            save_model(job.model, job.tokenizer, folder, side)
+        writer = bitmask.write if format == "bitmask" else save_model
+        notes = writer(job.model, job.tokenizer, folder, side)
     dense = sum(parameter.nbytes for parameter in job.model.parameters())
     written = sum(file.stat().st_size for file in target.iterdir() if file.suffix in (".safetensors", ".secateur"))
     return {
@@ -379,6 +399,7 @@ def export(
         "dense_bytes": dense,
         "ratio": written / dense,
         "sparsity": sparsity(job.model),
+        "warnings": [*job.warnings, *(notes or [])],
     }
 
 

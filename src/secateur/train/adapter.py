@@ -306,7 +306,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 hint="keep the adapter beside the model, or train one that keeps zeros",
             )
         vanished = kept & (merged == 0)
-        smallest = torch.full_like(merged, _smallest(merged.dtype)).copysign(weight)
+        smallest = torch.full_like(merged, smallest_kept(merged.dtype)).copysign(weight)
         merged = torch.where(vanished, smallest, merged)
         return torch.where(kept, merged, torch.where(weight == 0, weight, torch.zeros_like(weight)))
 
@@ -367,10 +367,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             RecipeError: if there is not one name for each row, or adapters are merged.
         """
-        if len(names) != len(x):
-            raise RecipeError(f"`adapter_names` needs one name for each of the {len(x)} rows, got {len(names)}")
-        if self.merged:
-            raise RecipeError("`adapter_names` cannot be used while an adapter is merged", hint="unmerge it first")
+        self.check_mixed(x, names)
         result: Tensor | None = None
         for name in dict.fromkeys(names):
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
@@ -379,6 +376,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             result = output.new_empty(len(x), *output.shape[1:]) if result is None else result
             result = result.index_copy(0, rows, output)
         return self._plain(x) if result is None else result
+
+    def check_mixed(self, x: Tensor, names: Sequence[str]) -> None:
+        """Raise RecipeError unless `names` can be the adapters of the rows of `x`."""
+        if len(names) != len(x):
+            raise RecipeError(f"`adapter_names` needs one name for each of the {len(x)} rows, got {len(names)}")
+        if self.merged:
+            raise RecipeError("`adapter_names` cannot be used while an adapter is merged", hint="unmerge it first")
 
     def _plain(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
@@ -795,7 +799,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _smallest(dtype: torch.dtype) -> float:
+def smallest_kept(dtype: torch.dtype) -> float:
     """Return the smallest positive number that survives as a weight: normal, except in float16, whose range is short."""
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 

@@ -1,0 +1,331 @@
+"""A linear with a trained slice of its columns or rows: S2FT's forward, partial backward and exact merging.
+
+Yang et al., NeurIPS 2024, arXiv 2412.06289, section 3.3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from secateur.core.errors import NumericError
+from secateur.train.adapter import AdapterLinear, smallest_kept
+
+# Adding the slice to a copy of the weight costs two passes over the weight, adding its product to the output costs a
+# thin product: for `tokens * k / width` above this the copy is cheaper (float32, CPU, measured between 20 and 100).
+COPY_FROM = 25
+
+
+class Sliced(torch.autograd.Function):
+    """The output of a frozen linear with a trained slice; keeps k columns of the input, and no view of it.
+
+    For columns `x W^T + x[:, I] S`, for rows `x W^T` with `x S^T` added at `[:, I]`; S is `(k, other side)`.
+    Source: section 3.3, partial back-propagation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor, index: Tensor, columns: bool
+    ) -> Tensor:
+        """Return `(..., out_features)` in the dtype of x.
+
+        Args:
+            ctx: autograd's.
+            x: `(..., in_features)`.
+            weight: `(out_features, in_features)`, frozen.
+            bias: `(out_features,)` or None, frozen.
+            part: `(k, out_features)` of columns, `(k, in_features)` of rows.
+            index: int64 `(k,)`; repeated entries add up.
+            columns: whether the slice is of columns.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1])
+            width = weight.shape[1] if columns else weight.shape[0]
+            # in 16 bits the sum of weight and slice would round small steps away
+            copied = x.dtype.itemsize >= 4 and flat.shape[0] * len(index) > COPY_FROM * width
+            wide, own = weight.detach().to(x.dtype), part.detach().to(x.dtype)
+            seen = flat.index_select(1, index) if columns else flat  # (tokens, k), a copy: a view would pin all of x
+            offset = None if bias is None else bias.to(x.dtype)
+            if copied:
+                output = F.linear(flat, _with_slice(wide, own, index, columns), offset)
+            else:
+                output = F.linear(flat, wide, offset)
+                if columns:
+                    output.addmm_(seen, own)
+                else:
+                    output.index_add_(1, index, flat @ own.T)
+        ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
+        ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index)
+        return output.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the slice; nothing else is trained."""
+        seen, weight, part, index = ctx.saved_tensors
+        of_x = of_part = None
+        with torch.autocast(upstream.device.type, enabled=False):
+            rows = upstream.reshape(-1, upstream.shape[-1])  # (tokens, out_features)
+            heard = rows if ctx.columns else rows.index_select(1, index)
+            if ctx.needs_input_grad[0]:
+                wide, own = weight.detach().to(rows.dtype), part.detach().to(rows.dtype)
+                if ctx.copied:
+                    of_x = rows @ _with_slice(wide, own, index, ctx.columns)
+                elif ctx.columns:
+                    of_x = (rows @ wide).index_add_(1, index, rows @ own.T)
+                else:
+                    of_x = torch.addmm(heard @ own, rows, wide)
+                of_x = of_x.reshape(ctx.shape)
+            if seen is not None:
+                of_part = (seen.T @ heard if ctx.columns else heard.T @ seen).to(part.dtype)
+        return of_x, None, None, of_part, None, None
+
+
+class S2ftLinear(AdapterLinear):
+    """A frozen linear and, for each adapter, the change of a few of its columns or rows.
+
+    All slices of a linear are of one side: columns of `o` and `down`, rows of the others. A slice is stored as
+    `(k, other side)`. Merging keeps a copy of what it overwrites, so undoing it is exact.
+    """
+
+    adapter_layer_names = ("secateur_s2ft_slice",)
+    other_param_names = ("configs", "secateur_s2ft_index", "secateur_s2ft_zeros")
+
+    secateur_s2ft_slice: nn.ParameterDict  # adapter -> (k, other side)
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.columns = False
+        self.secateur_s2ft_index = BufferDict()  # adapter -> int64 (k,), ascending
+        self.secateur_s2ft_zeros = BufferDict()  # adapter -> bool (k, other side), what must stay zero; often nothing
+        self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former lines of what is merged
+
+    def create_(self, adapter: str, config: Any, generator: torch.Generator) -> None:
+        """Create a slice of zeros at the lines that the tuner has found for this linear."""
+        self.columns, index = config.lines[self.name]
+        other = self.out_features if self.columns else self.in_features
+        part = torch.zeros(len(index), other)
+        if not config.init_weights:
+            part.normal_(std=0.02, generator=generator)
+        self.put_(adapter, secateur_s2ft_slice=part)
+        weight = self.original_weight()
+        self.secateur_s2ft_index[adapter] = index.to(weight.device if not weight.is_meta else "cpu")
+        if adapter in self.secateur_s2ft_zeros:
+            del self.secateur_s2ft_zeros[adapter]
+        if config.keep_sparsity and not weight.is_meta:
+            zeros = self.lines(weight).index_select(0, self.secateur_s2ft_index[adapter]) == 0
+            if zeros.any():
+                self.secateur_s2ft_zeros[adapter] = zeros
+
+    def lines(self, matrix: Tensor) -> Tensor:
+        """Return `matrix` `(out_features, in_features)` as a view whose first dimension the slices are of."""
+        return matrix.T if self.columns else matrix
+
+    def tensors(self, adapter: str) -> tuple[Tensor, ...]:
+        """Return the slice, zero where the weight must stay zero."""
+        part = self.secateur_s2ft_slice[adapter]
+        if adapter in self.secateur_s2ft_zeros:
+            part = part.masked_fill(self.secateur_s2ft_zeros[adapter], 0.0)
+        return (part,)
+
+    def delta(self, adapter: str, weight: Tensor, *tensors: Tensor) -> Tensor:
+        """Return zeros with the slice in its place."""
+        return _with_slice(torch.zeros_like(weight), tensors[0], self.secateur_s2ft_index[adapter], self.columns)
+
+    def kept(self, adapters: Sequence[str], weight: Tensor) -> Tensor | None:
+        """Return the support of `weight`, or None if an adapter may fill zeros."""
+        configs: list[Any] = [self.configs[adapter] for adapter in adapters]
+        return weight != 0 if all(config.keep_sparsity for config in configs) else None
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return that a slice is a low-rank change, exactly."""
+        return True
+
+    # --- forward ---
+
+    def adapted(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Return the output for `x` `(..., in_features)` with the sum of `adapters`."""
+        index, part = self._joined(adapters)
+        base = self.get_base_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if _is_plain(base):
+            output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns)  # type: ignore[no-untyped-call]
+            return output
+        output, part = self._plain(x), part.to(x.dtype)
+        if self.columns:
+            return output + x.index_select(-1, index) @ part
+        return output.index_add(-1, index, x @ part.T)
+
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Return the output for `x` `(batch, ..., in_features)` with the adapter `names[i]` for row i.
+
+        One product with the weight serves all rows. The slices, padded to the widest, follow in one batched product, or
+        in one product for each adapter where adapters have many rows.
+
+        Raises:
+            RecipeError: if there is not one name for each row, or adapters are merged.
+        """
+        self.check_mixed(x, names)
+        output = self._plain(x)
+        rows_of = {name: [row for row, other in enumerate(names) if other == name] for name in names if self.has(name)}
+        flat, result = x.reshape(len(x), -1, x.shape[-1]), output.reshape(len(x), -1, output.shape[-1])
+        if sum(map(len, rows_of.values())) > 4 * len(rows_of):
+            groups = [[name] for name in rows_of]
+        else:
+            groups = [list(rows_of)] if rows_of else []
+        for group in groups:
+            rows = torch.tensor([row for name in group for row in rows_of[name]], device=x.device)
+            part, index = self._stacked(group, x.dtype)  # (adapters, k, other side), (adapters, k)
+            own = torch.tensor([number for number, name in enumerate(group) for _ in rows_of[name]], device=x.device)
+            result = self._served(result, flat, rows, part, index, own)
+        return result.reshape(output.shape)
+
+    def _served(self, output: Tensor, x: Tensor, rows: Tensor, part: Tensor, index: Tensor, own: Tensor) -> Tensor:
+        """Add adapter `own[i]` of the stack to row `rows[i]` of `output` `(batch, tokens, out)`, and return it."""
+        some = x.index_select(0, rows)
+        if len(part) == 1:
+            if self.columns:
+                return output.index_add_(0, rows, some.index_select(2, index[0]) @ part[0])
+            added = output.new_zeros(len(rows), *output.shape[1:]).index_copy_(2, index[0], some @ part[0].T)
+            return output.index_add_(0, rows, added)
+        place = index[own].unsqueeze(1).expand(-1, x.shape[1], -1)  # (rows, tokens, k)
+        if self.columns:
+            return output.index_add_(0, rows, torch.bmm(some.gather(2, place), part[own]))
+        added = output.new_zeros(len(rows), *output.shape[1:])
+        return output.index_add_(0, rows, added.scatter_add_(2, place, torch.bmm(some, part[own].mT)))
+
+    def _stacked(self, adapters: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return slices `(adapters, k, other side)` and indices `(adapters, k)`, padded with zeros at line 0."""
+        parts = [self.tensors(adapter)[0].to(dtype) for adapter in adapters]
+        indices = [self.secateur_s2ft_index[adapter] for adapter in adapters]
+        return (
+            nn.utils.rnn.pad_sequence(parts, batch_first=True),
+            nn.utils.rnn.pad_sequence(indices, batch_first=True),
+        )
+
+    def _joined(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return index `(k,)` and slice `(k, other side)` of several adapters, one below the other."""
+        parts = [self.tensors(adapter)[0] for adapter in adapters]
+        indices = [self.secateur_s2ft_index[adapter] for adapter in adapters]
+        return (indices[0], parts[0]) if len(parts) == 1 else (torch.cat(indices), torch.cat(parts))
+
+    # --- merging ---
+
+    def original_weight(self) -> Tensor:
+        """Return the weight `(out_features, in_features)` without any merged adapter, detached."""
+        weight = self.weight_view().detach()
+        if self._overwritten is None:
+            return weight
+        index, former = self._overwritten
+        weight = weight.clone()
+        self.lines(weight).index_copy_(0, index, former)
+        return weight
+
+    @torch.no_grad()
+    def merged_weight(self, adapters: Sequence[str]) -> Tensor:
+        """Return the weight `(out_features, in_features)` with `adapters` merged into it, in its own dtype.
+
+        Raises:
+            NumericError: if a merged value is not finite.
+        """
+        weight = self.original_weight().clone()
+        index, _, merged, finite = self._merged_lines(self.lines(weight), adapters)
+        self._check_finite(finite, adapters)
+        self.lines(weight).index_copy_(0, index, merged)
+        return weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the sum of weight and slices into the weight; always checked first, with `safe_merge` or without.
+
+        Raises:
+            NumericError: if a merged value is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
+        if names:
+            self.remerge_([*self.merged_adapters, *names])
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the unmerged weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.remerge_([])
+
+    @torch.no_grad()
+    def remerge_(self, adapters: Sequence[str], *, check: bool = True) -> Tensor | None:
+        """Leave exactly `adapters` merged, whatever was merged before; only selected lines are written.
+
+        Args:
+            adapters: names; those that this linear does not have are passed over.
+            check: raise for values that are not finite; else return whether all are, to be looked at later.
+
+        Raises:
+            NumericError: if a merged value is not finite; the weight then has no adapter merged.
+        """
+        lines = self.lines(self.weight_view().detach())
+        if self._overwritten is not None:
+            lines.index_copy_(0, *self._overwritten)
+            self._overwritten = None
+        self.merged_adapters = []
+        names = [name for name in adapters if self.has(name)]
+        if not names:
+            return None
+        index, former, merged, finite = self._merged_lines(lines, names)
+        if check:
+            self._check_finite(finite, names)
+        lines.index_copy_(0, index, merged)
+        self._overwritten, self.merged_adapters = (index, former), names
+        return finite
+
+    def _merged_lines(self, lines: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return which lines change, what they were, what they become, and whether that is finite (a bool scalar).
+
+        Summed in float32 or wider and rounded once. Where zeros are kept, a weight that would become zero takes the
+        smallest number of its dtype, so that the zero pattern is the same to the last bit.
+        """
+        index, part = self._joined(adapters)
+        if len(adapters) > 1:
+            index, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            part = part.new_zeros(len(index), part.shape[1]).index_add_(0, place, part)
+        former = lines.index_select(0, index)
+        merged = (former.to(torch.promote_types(former.dtype, part.dtype)) + part).to(former.dtype)
+        configs: list[Any] = [self.configs[adapter] for adapter in adapters]
+        if all(config.keep_sparsity for config in configs):
+            vanished = (merged == 0) & (former != 0)
+            merged = torch.where(
+                vanished, torch.full_like(former, smallest_kept(former.dtype)).copysign(former), merged
+            )
+            merged = torch.where(former == 0, former, merged)
+        return index, former, merged, torch.isfinite(merged).all()
+
+    def _check_finite(self, finite: Tensor, adapters: Sequence[str]) -> None:
+        if not finite:
+            names = ", ".join(f"`{adapter}`" for adapter in adapters)
+            raise NumericError(f"merging {names} into `{self.name}` would make some of its weights NaN or infinite")
+
+
+def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
+    """Return a copy of `matrix` `(out_features, in_features)` with `part` `(k, other side)` added at its lines."""
+    return matrix.index_add(1, index, part.T) if columns else matrix.index_add(0, index, part)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether `module` is a frozen linear whose forward nobody has changed or listens to."""
+    return (
+        type(module) in (nn.Linear, Conv1D)
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    )
