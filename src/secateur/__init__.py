@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from secateur.methods.adapters.masked_lora import MaskedLoraConfig as MaskedLoraConfig
     from secateur.methods.adapters.pst import PstConfig as PstConfig
     from secateur.methods.adapters.spp import SppConfig as SppConfig
+    from secateur.methods.optimizers.cram import CrAM
     from secateur.methods.registry import methods, register_adapters
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
 
 __all__ = [
     "NM",
+    "CrAM",
     "Recipe",
     "Unstructured",
     "__version__",
@@ -49,6 +51,7 @@ _ADAPTERS = {  # not in `__all__`, because they need an extra
 _HOMES = {
     "NM": "secateur.core.pattern",
     "Unstructured": "secateur.core.pattern",
+    "CrAM": "secateur.methods.optimizers.cram",
     "Recipe": "secateur.recipe.schema",
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",
