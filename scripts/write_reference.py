@@ -92,6 +92,11 @@ MODULE_PAGES = {
             for name in ("sweep", "lanes", "statistics", "stream", "activations", "budget", "memory", "journal")
         ),
     ),
+    "train": Page(
+        "Train: adapters, masks, optimizers",
+        "What adapters share, and training that keeps zeros.",
+        tuple(Part(f"train/{name}") for name in ("adapter", "masking")),
+    ),
     "evaluate": Page(
         "Evaluate: perplexity, tasks, samples",
         "Measuring a model.",
@@ -243,6 +248,10 @@ def methods_page() -> str:
         node, _ = located(module, name)
         assert isinstance(node, ast.ClassDef)
         fields = hyper_parameters(node, module)
+        if line.kind == "adapter":
+            shared, _ = located("train/adapter", "AdapterConfig")
+            assert isinstance(shared, ast.ClassDef)
+            fields += hyper_parameters(shared, "train/adapter")
         lines += [f"## {line.name}", "", *markdown(ast.get_docstring(parsed(module)) or ""), ""]
         lines += [f"Class `{dotted}.{name}`:", "", *markdown("\n".join(docstring(node).text)), ""]
         lines += (

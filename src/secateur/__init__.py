@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.core.pattern import NM, Unstructured
-    from secateur.methods.registry import methods
+    from secateur.methods.adapters.masked_lora import MaskedLoraConfig as MaskedLoraConfig
+    from secateur.methods.adapters.pst import PstConfig as PstConfig
+    from secateur.methods.adapters.spp import SppConfig as SppConfig
+    from secateur.methods.registry import methods, register_adapters
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
 
@@ -28,6 +31,7 @@ __all__ = [
     "load",
     "methods",
     "prune",
+    "register_adapters",
     "tune",
 ]
 
@@ -37,11 +41,18 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _STAGES = "secateur.recipe.stages"
+_ADAPTERS = {  # not in `__all__`, because they need an extra
+    "MaskedLoraConfig": "secateur.methods.adapters.masked_lora",
+    "PstConfig": "secateur.methods.adapters.pst",
+    "SppConfig": "secateur.methods.adapters.spp",
+}
 _HOMES = {
     "NM": "secateur.core.pattern",
     "Unstructured": "secateur.core.pattern",
     "Recipe": "secateur.recipe.schema",
     "methods": "secateur.methods.registry",
+    "register_adapters": "secateur.methods.registry",
+    **_ADAPTERS,
     **dict.fromkeys(("prune", "tune", "evaluate", "inspect", "export", "load"), _STAGES),
 }
 
@@ -50,13 +61,15 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module `secateur` has no attribute `{name}`")
+    if name in _ADAPTERS:  # who names one of them may load any of them
+        import_module("secateur.methods.registry").register_adapters()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ADAPTERS})
 
 
 class _Room(ModuleType):

@@ -83,8 +83,48 @@ REGISTRY = Registry(
             (),
             "fine-tune each sparse block to give the dense block's output",
         ),
+        Entry(
+            "spp",
+            "adapter",
+            "secateur.methods.adapters.spp:SppConfig",
+            "Lu et al., ICML 2024, arXiv 2405.16057",
+            "any, zeros are kept",
+            (),
+            "scale the kept weights by learned row and column factors",
+        ),
+        Entry(
+            "masked_lora",
+            "adapter",
+            "secateur.methods.adapters.masked_lora:MaskedLoraConfig",
+            "Hu et al., ICLR 2022, arXiv 2106.09685, under the mask as in arXiv 2501.08582; DoRA arXiv 2402.09353",
+            "any, zeros are kept",
+            (),
+            "low-rank updates, plain or DoRA, that reach the kept weights only",
+        ),
+        Entry(
+            "pst",
+            "adapter",
+            "secateur.methods.adapters.pst:PstConfig",
+            "Li et al., IJCAI 2022, arXiv 2205.11005",
+            ANY,
+            (),
+            "learn masks and updates together, both low-rank",
+        ),
     ]
 )
+
+
+def register_adapters() -> None:
+    """Make PEFT know every adapter of the shelf, so that it can load them: `PeftModel.from_pretrained(model, folder)`.
+
+    Importing any of their configurations from `secateur` does the same.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    for entry in REGISTRY:
+        if entry.kind == "adapter":
+            entry.load()
 
 
 def methods() -> list[dict[str, Any]]:

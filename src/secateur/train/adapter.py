@@ -42,7 +42,7 @@ try:
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
     from peft.utils.other import get_pattern_key
 except ModuleNotFoundError as error:
-    if error.name != "peft":
+    if (error.name or "").partition(".")[0] != "peft":
         raise
     raise missing_extra("peft", "peft", "train and load adapters") from error
 
@@ -163,7 +163,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         disable_adapters: bool
         get_base_layer: Callable[[], Any]
         set_adapter: Callable[..., None]
-        _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -258,6 +257,19 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.create_(adapter, config, generator_of(config.seed, self.name))
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter: str, device: torch.device | None = None) -> None:
+        """Put the tensors of `adapter` where the weight is; never into a dtype below float32, unlike PEFT's own."""
+        weight = self.get_base_layer().weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        for name in self.adapter_layer_names + self.other_param_names:
+            container: Any = getattr(self, name)
+            if not hasattr(container, "parameters") or adapter not in container:
+                continue
+            tensor = container[adapter]
+            if not tensor.is_meta and (device or weight.device).type != "meta":
+                dtype = wide if tensor.is_floating_point() else tensor.dtype
+                container[adapter] = tensor.to(device or weight.device, dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what `adapter` adds to the weight, in the orientation of the parameter, float32 or wider."""
@@ -481,7 +493,11 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
         config = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         check_base(model, config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            _take_back(model, adapter_name)
+            raise
         layers = [module for module in adapted_linears(model) if module.has(adapter_name)]
         if config.base_weights is None and not any(layer.original_weight().is_meta for layer in layers):
             config.base_weights = {layer.name: described(layer.original_weight()) for layer in layers}
@@ -657,41 +673,36 @@ def check_base(model: nn.Module, config: AdapterConfig) -> None:
     if not config.check_base or config.base_weights is None:
         return
     hint = "load the model that it was trained on; `check_base=False` in its configuration skips this"
-    for name, stored in config.base_weights.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise InputError(f"the adapter is for another model: this one has no `{name}`", hint=hint) from None
-        if isinstance(module, AdapterLinear):
-            weight = module.original_weight()
-        else:
-            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            found_weight = getattr(inner, "weight", None)
-            if not isinstance(found_weight, Tensor):
-                raise InputError(f"the adapter is for another model: `{name}` is no linear here", hint=hint)
-            weight = found_weight.detach().T if isinstance(inner, Conv1D) else found_weight.detach()
-        if weight.is_meta:
-            return
-        was, found = stored.split(), described(weight).split()
-        if len(was) != len(found):
-            raise InputError(f"the record of `{name}` in `base_weights` is malformed: `{stored}`")
-        if was[0] != found[0]:
-            raise InputError(f"the adapter is for another model: `{name}` is {found[0]}, not {was[0]}", hint=hint)
-        if was[2] != found[2]:
+    weights = {name: _weight_called(model, name) for name in config.base_weights}
+    if any(weight is not None and weight.is_meta for weight in weights.values()):
+        return  # not in memory: there is nothing to compare
+    for name, weight in weights.items():  # the shapes of all before the values of any: they say more
+        if weight is None:
+            raise InputError(f"the adapter is for another model: this one has no linear `{name}`", hint=hint)
+        was, found = config.base_weights[name].split(), _shape_of(weight)
+        if len(was) != 4:
+            raise InputError(f"the record of `{name}` in `base_weights` is malformed: `{' '.join(was)}`")
+        if was[0] != found:
+            raise InputError(f"the adapter is for another model: `{name}` is {found}, not {was[0]}", hint=hint)
+    for name, weight in weights.items():
+        assert weight is not None
+        _, dtype, zeros, values = config.base_weights[name].split()
+        _, own_dtype, own_zeros, own_values = described(weight).split()
+        if zeros != own_zeros:
             raise InputError(f"the adapter was trained under another mask of `{name}`", hint=hint)
-        comparable = was[1] == found[1] or "float16" not in (was[1], found[1])
-        if comparable and was[3] != found[3]:
+        comparable = dtype == own_dtype or "float16" not in (dtype, own_dtype)
+        if comparable and values != own_values:
             raise InputError(f"the adapter is for another model: the weights of `{name}` are not the same", hint=hint)
 
 
 def described(weight: Tensor) -> str:
     """Return shape, dtype, digest of the zeros and digest of sampled values of a weight, words on one line."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     place = torch.arange(0, weight.numel(), max(1, weight.numel() // SAMPLES), device=weight.device)
     values = weight[place // columns, place % columns].to(torch.bfloat16) + 0.0  # -0.0 is 0.0
     zeros = hashlib.sha256(pack_bits(weight != 0).numpy().tobytes()).hexdigest()[:16]
     digest = hashlib.sha256(values.cpu().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-    return f"{rows}x{columns} {str(weight.dtype).removeprefix('torch.')} {zeros} {digest}"
+    return f"{_shape_of(weight)} {str(weight.dtype).removeprefix('torch.')} {zeros} {digest}"
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -718,16 +729,16 @@ def rank_of(config: Any, name: str) -> int:
     return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
 
 
-def check_rank(r: object, rank_pattern: object) -> None:
-    """Raise RecipeError unless `r`, and every value of `rank_pattern`, is a whole number from 1."""
+def check_rank(r: object, rank_pattern: object = None, name: str = "r") -> None:
+    """Raise RecipeError unless the field `name`, and every value of `rank_pattern`, is a whole number from 1."""
     if rank_pattern is not None and not isinstance(rank_pattern, dict):
         raise RecipeError(f"`rank_pattern` must be a mapping of linears to ranks, got {rank_pattern!r}")
-    for name, value in {
-        "r": r,
-        **{f"rank_pattern[{key!r}]": value for key, value in (rank_pattern or {}).items()},
-    }.items():
+    for field, value in [
+        (name, r),
+        *((f"rank_pattern[{key!r}]", value) for key, value in (rank_pattern or {}).items()),
+    ]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RecipeError(f"`{name}` must be a whole number from 1, got {value!r}")
+            raise RecipeError(f"`{field}` must be a whole number from 1, got {value!r}")
 
 
 def check_rate(name: str, value: object) -> None:
@@ -740,6 +751,25 @@ def check_finite(name: str, value: object) -> None:
     """Raise RecipeError unless the field `name` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RecipeError(f"`{name}` must be a finite number, got {value!r}")
+
+
+def _weight_called(model: nn.Module, name: str) -> Tensor | None:
+    """Return the unmerged weight `(out_features, in_features)` of the linear `name`, None if there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if isinstance(module, AdapterLinear):
+        return module.original_weight()
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = getattr(inner, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.detach().T if isinstance(inner, Conv1D) else weight.detach()
+
+
+def _shape_of(weight: Tensor) -> str:
+    return f"{weight.shape[0]}x{weight.shape[1]}"
 
 
 def _total(
@@ -772,6 +802,19 @@ def _wide(tensor: Tensor) -> Tensor:
 def smallest_kept(dtype: torch.dtype) -> float:
     """Return the smallest positive number that survives as a weight: normal, except in float16, whose range is short."""
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
+def _take_back(model: nn.Module, adapter: str) -> None:
+    """Remove what a failed injection of `adapter` has left in `model`."""
+    for parent in list(model.modules()):
+        for name, layer in parent._modules.items():
+            if not isinstance(layer, AdapterLinear) or not layer.has(adapter):
+                continue
+            for container in (*layer.adapter_layer_names, *layer.other_param_names):
+                if adapter in getattr(layer, container):
+                    del getattr(layer, container)[adapter]
+            if not layer.configs:
+                parent._modules[name] = layer.base_layer
 
 
 def _hand_names(module: nn.Module, args: Any, kwargs: Any, *, names: Sequence[str]) -> Any:

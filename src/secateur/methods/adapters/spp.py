@@ -43,7 +43,7 @@ def spp_multiplier(row: Tensor, column: Tensor, scaling: float) -> Tensor:
     Returns:
         `(out_features, in_features)`.
 
-    Source: section 3.2, equation 4 (written there with two repeats).
+    Source: the paper's `Repeat_0(W_alpha) * Repeat_1(W_beta)`, with `row` for W_alpha and `column` for W_beta.
     """
     bands, columns = row.shape
     scaled = (scaling * column).reshape(bands, -1, 1)  # (r, out_features / r, 1)

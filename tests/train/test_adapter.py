@@ -1,0 +1,280 @@
+"""The bridge to PEFT: registration, the record of the base, merging to the last bit, in any training loop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from adapted import adapt, config_of, each_adapter, finish, one_layer, peft_words, sparse_llama, train, zeros_of
+from conftest import TINY_TRAINED, random_ids
+from secateur.core.errors import InputError, RecipeError
+from secateur.methods.adapters.pst import PstSchedule
+from secateur.methods.adapters.spp import SppConfig, SppModel
+from secateur.train.adapter import (
+    AdapterConfig,
+    AdapterModel,
+    adapted_linears,
+    default_targets,
+    described,
+    generator_of,
+    method_name,
+    register,
+    without_adapters,
+)
+
+pytestmark = peft_words
+
+
+def test_registering_twice_is_harmless_and_a_taken_name_is_refused():
+    register(SppConfig, SppModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["secateur_spp"] is SppConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["secateur_spp"] is SppModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["secateur_spp"] == "secateur_spp_"
+
+    class Other(AdapterConfig):
+        method = "spp"
+
+    with pytest.raises(ValueError, match="PEFT knows another method called `secateur_spp`"):
+        register(Other, SppModel)
+
+    class Astray(AdapterModel):
+        prefix = "spp_"
+
+    with pytest.raises(ValueError, match="the prefix of `Astray` must be `secateur_spp_`"):
+        register(SppConfig, Astray)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["secateur_spp"] is SppConfig
+
+
+def test_names_answer_as_pefts_enum_does():
+    name = method_name(SppConfig)
+    assert name == name.value == "secateur_spp"
+    assert {name: 1}["secateur_spp"] == 1
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_without_peft_the_error_names_the_extra_and_the_rest_works():
+    done = run("""
+import sys; sys.modules["peft"] = None
+import secateur
+assert "torch" not in sys.modules
+secateur.NM(2, 4)
+try:
+    from secateur import SppConfig
+except secateur.core.errors.InputError as error:
+    assert "`peft` is needed to train and load adapters" in str(error), error
+    assert error.hint == "pip install 'secateur[peft]'", error.hint
+else:
+    raise SystemExit("no error")
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_naming_one_configuration_lets_peft_load_all():
+    done = run("""
+from secateur import SppConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
+assert {"secateur_spp", "secateur_masked", "secateur_pst"} <= set(known)
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_kept_weight_that_would_round_to_zero_keeps_its_place_and_sign(dtype):
+    layer, _ = one_layer("spp", dtype=dtype, r=1, scaling=1.0)
+    weight = layer.base_layer.weight
+    with torch.no_grad():
+        weight.copy_(torch.where(weight == 0, 0.0, torch.randn(weight.shape).sign() * torch.finfo(dtype).tiny))
+        weight[0, 0] = -0.0
+        layer.secateur_spp_row["default"].fill_(1.0)
+        layer.secateur_spp_column["default"].fill_(-1.0)  # every weight times zero
+    merged = layer.merged_weight(["default"])
+    assert torch.equal(merged == 0, weight == 0)
+    assert torch.equal(torch.signbit(merged), torch.signbit(weight))
+    assert merged.abs().max() <= torch.finfo(dtype).tiny
+
+
+def test_merging_one_after_the_other_is_merging_both():
+    layer, _ = one_layer("spp", r=2)
+    layer.add_adapter("second", config_of("spp", r=1, init_weights=False))
+    together = layer.merged_weight(["default", "second"])
+    before = layer.base_layer.weight.clone()
+    layer.merge(adapter_names=["default"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        layer.merge(adapter_names=["second"])
+    assert torch.equal(layer.base_layer.weight, together)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_the_record_of_a_weight_sees_zeros_exactly_and_values_by_samples():
+    weight = torch.randn(40, 300)
+    assert described(weight) == described(weight.clone())
+    assert described(weight).split()[:2] == ["40x300", "float32"]
+    assert described(weight.bfloat16()).split()[2:] == described(weight).split()[2:]
+    one_less = weight.clone()
+    one_less[17, 123] = 0.0
+    assert described(one_less).split()[2] != described(weight).split()[2]
+    assert described(weight * 1.1).split()[2] == described(weight).split()[2]
+    assert described(weight * 1.1).split()[3] != described(weight).split()[3]
+
+
+def test_the_start_does_not_depend_on_the_order_of_modules_or_the_global_seed():
+    state = torch.random.get_rng_state()
+    models = [adapt(sparse_llama(), config_of("spp", target_modules=names)) for names in (["up_proj"], None)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first, second = ({layer.name: layer for layer in adapted_linears(model)} for model in models)
+    for name, layer in first.items():
+        assert torch.equal(layer.tensors("default")[0], second[name].tensors("default")[0])
+    assert generator_of(0, "a").initial_seed() != generator_of(0, "b").initial_seed()
+    assert generator_of(1, "a").initial_seed() != generator_of(0, "a").initial_seed()
+
+
+def test_default_targets_are_the_same_with_adapters_and_without():
+    model = sparse_llama()
+    names = default_targets(model)
+    assert len(names) == 14
+    adapted = adapt(model, config_of("spp"))
+    assert default_targets(adapted.base_model.model) == names
+    with without_adapters(adapted):
+        assert not adapted_linears(adapted)
+    assert len(adapted_linears(adapted)) == 14
+
+
+def test_targets_may_be_chosen_as_in_peft():
+    def names(**settings):
+        return sorted(layer.name for layer in adapted_linears(adapt(sparse_llama(), config_of("spp", **settings))))
+
+    assert len(names(target_modules="all-linear")) == 14
+    assert names(target_modules=["q_proj"]) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert names(target_modules=["q_proj"], layers_to_transform=[1]) == ["model.layers.1.self_attn.q_proj"]
+    assert names(target_modules=r".*\.1\..*_proj") == sorted(n for n in default_targets(sparse_llama()) if ".1." in n)
+    assert len(names(exclude_modules=["down_proj"])) == 12
+    with pytest.raises(RecipeError, match="`layers_to_transform` needs `target_modules` as a list"):
+        config_of("spp", target_modules=".*q_proj", layers_to_transform=[0])
+
+
+def test_a_frozen_weight_that_is_trained_after_all_gets_its_gradient():
+    for kind in ("spp", "masked_lora"):
+        layer, _ = one_layer(kind)
+        layer.base_layer.weight.requires_grad_()
+        layer.base_layer.bias.requires_grad_()
+        x = torch.randn(4, 12, dtype=torch.float64)
+        upstream = torch.randn(4, 8, dtype=torch.float64)
+        weight, bias = layer.base_layer.weight, layer.base_layer.bias
+        dense = nn.functional.linear(x, layer.combined(weight, [("default", layer.tensors("default"))]), bias)
+        expected = torch.autograd.grad((dense * upstream).sum(), [weight, bias])
+        found = torch.autograd.grad((layer(x) * upstream).sum(), [weight, bias])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_module_to_save_is_trained_beside_the_adapter():
+    model = adapt(sparse_llama(), config_of("spp", modules_to_save=["lm_head"]))
+    assert any("lm_head.modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+    before = model.lm_head.modules_to_save["default"].weight.clone()
+    train(model)
+    assert not torch.equal(model.lm_head.modules_to_save["default"].weight, before)
+
+
+def arguments(folder, **more) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.02,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    return TrainingArguments(**{**settings, **more})
+
+
+@each_adapter
+def test_the_trainer_trains_saves_and_resumes_to_the_same_bits(kind, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(samples=8)]
+
+    def trained(folder, resume=None, **more):
+        model = adapt(sparse_llama(), config_of(kind))
+        callbacks = [PstSchedule()] if kind == "pst" else []
+        trainer = Trainer(model, arguments(folder, **more), train_dataset=rows, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = trained(tmp_path, save_strategy="steps", save_steps=2)
+    resumed = trained(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
+    for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    loaded = PeftModel.from_pretrained(sparse_llama(), tmp_path / "checkpoint-4")
+    ids = random_ids()
+    torch.testing.assert_close(loaded.eval()(ids).logits, whole.eval()(ids).logits)
+
+
+@each_adapter
+def test_trl_trains_it_with_activation_checkpointing(kind, tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from adapted import prune_
+
+    model = prune_(AutoModelForCausalLM.from_pretrained(TINY_TRAINED))
+    wanted = zeros_of(model)
+    settings = arguments(tmp_path).to_dict()
+    names = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "use_cpu", "disable_tqdm")
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(
+            **{name: settings[name] for name in names},
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            max_length=32,
+            bf16=False,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=Dataset.from_list([{"text": "the gardener prunes the old tree"}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(TINY_TRAINED),
+        peft_config=config_of(kind),
+        callbacks=[PstSchedule()] if kind == "pst" else [],
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in after if "secateur_" in name)
+    assert all(torch.equal(after[name], before[name]) for name in after if "secateur_" not in name)
+    if kind != "pst":
+        found = zeros_of(trainer.model.merge_and_unload())
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_model_stays_plain_if_an_adapter_does_not_fit():
+    model = adapt(sparse_llama(), config_of("spp"))
+    ids = random_ids()
+    finish(model)
+    before = model(ids).logits
+    with pytest.raises(RecipeError):
+        model.add_adapter("second", config_of("spp", r=7))
+    assert torch.equal(model(ids).logits, before)
+    assert not any(layer.has("second") for layer in adapted_linears(model))
+    plain = sparse_llama()
+    with pytest.raises(RecipeError):
+        adapt(plain, config_of("spp", r=16, rank_pattern={"down_proj": 7}))
+    assert not adapted_linears(plain)
+    with pytest.raises(InputError):
+        adapt(plain, config_of("spp", target_modules=["q_proj", "embed_tokens"]))
+    assert not adapted_linears(plain)
