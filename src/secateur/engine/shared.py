@@ -63,7 +63,8 @@ def shared_sweep(cases: Sequence[Case], settings: Sweep) -> Sweep:
 
     Args:
         cases: at least one.
-        settings: seed, device, offload, batches, refit, guard, frozen zeros and fallback; its pruner and patterns are not looked at.
+        settings: seed, device, offload, batches, refit, guard, frozen zeros and fallback; its pruner and patterns are
+            not looked at.
     """
     needs = frozenset(name for case in cases for name in case.pruner.needs)
     patterns = {name: pattern for case in cases for name, pattern in case.patterns.items()}

@@ -125,8 +125,8 @@ def compare(
         strict: raise the error of the first row that fails, and treat warnings of `prune` as errors.
         title: heading of the report.
         calibration, samples, length, refit, sequential, error_correction, guard, freeze_zeros, ignore, include, overrides,
-            nonfinite, fallback, seed, device, dtype, offload, batch_tokens, field, skip_bad, memory_limit, allow_pickle, trust_remote_code,
-            revision, progress: as in `prune`, the same for all rows.
+            nonfinite, fallback, seed, device, dtype, offload, batch_tokens, field, skip_bad, memory_limit, allow_pickle,
+            trust_remote_code, revision, progress: as in `prune`, the same for all rows.
 
     Returns:
         `{"rows": [{"method", "plan", "tuner", "pattern", "sparsity", "perplexity": {text: value}, "seconds",
