@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.methods.adapters.pst import PstConfig as PstConfig
     from secateur.methods.adapters.spp import SppConfig as SppConfig
     from secateur.methods.registry import methods, register_adapters
+    from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
 
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "Unstructured",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "inspect",
@@ -50,6 +52,7 @@ _HOMES = {
     "NM": "secateur.core.pattern",
     "Unstructured": "secateur.core.pattern",
     "Recipe": "secateur.recipe.schema",
+    "compare": "secateur.recipe.compare",
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",
     **_ADAPTERS,
