@@ -75,6 +75,15 @@ REGISTRY = Registry(
             "prune, make dense again, prune a second time, around any base pruner",
         ),
         Entry(
+            "alps",
+            "pruner",
+            "secateur.methods.pruners.alps:ALPS",
+            "Meng et al., NeurIPS 2024, arXiv 2406.07831",
+            ANY,
+            ("gram",),
+            "find mask and weights together by alternating directions, then solve the weights exactly",
+        ),
+        Entry(
             "ebft",
             "block tuner",
             "secateur.methods.block_tuners.ebft:EBFT",
