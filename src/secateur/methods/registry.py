@@ -84,6 +84,15 @@ REGISTRY = Registry(
             "find mask and weights together by alternating directions, then solve the weights exactly",
         ),
         Entry(
+            "scope",
+            "pruner",
+            "secateur.methods.pruners.scope:SCOPE",
+            "Zhu et al., arXiv 2406.12017",
+            ANY,
+            ("gram",),
+            "exchange kept and pruned weights of any base pruner while the exactly refitted error of a row falls",
+        ),
+        Entry(
             "ebft",
             "block tuner",
             "secateur.methods.block_tuners.ebft:EBFT",
@@ -91,6 +100,15 @@ REGISTRY = Registry(
             "any, masks are kept",
             (),
             "fine-tune each sparse block to give the dense block's output",
+        ),
+        Entry(
+            "sds-blocks",
+            "block tuner",
+            "secateur.methods.block_tuners.sds:SDSBlocks",
+            "Li et al., COLING 2025, arXiv 2408.10473",
+            "any, masks move inside their pattern",
+            (),
+            "make each pruned block dense again, prune it anew, train weights and masks towards the dense block's output",
         ),
         Entry(
             "spp",

@@ -118,6 +118,14 @@ class ALPS:
         candidates = [unscaled(problem, scale, each) for each in (found, Pruned(plain, mask))]
         return min(candidates, key=lambda each: problem.loss(each.weight))
 
+    def score(self, problem: LayerProblem) -> Tensor:
+        """Return `w^2 E[x_j^2]`: what ranks entries in the first projection, in units of `problem.loss`.
+
+        Returns:
+            `(out_features, in_features)`, not negative.
+        """
+        return problem.weight.square() * problem.need("gram").diagonal()
+
     def _finish(self, target: Tensor, unit: Tensor, mask: Tensor, start: Tensor, goal: float | None = None) -> Tensor:
         """Return the weights of least error on a mask, `(out_features, in_features)`, scaled as the target."""
         if target.shape[1] <= SMALL:
