@@ -1,8 +1,8 @@
 """The published walk, with nothing of ours in it but the perplexity: a yardstick for `quality.py`.
 
 Wanda as its program goes: for each block, every sequence alone through the dense block with hooks on its linears, the
-mask of `reference/wanda.py` on each, every sequence again through the pruned block. One JSON line per row, so that
-what our engine reaches can be told from what another order of rounding reaches.
+mask of `reference/wanda.py` on each, every sequence again through the pruned block. One JSON line per row: its perplexity,
+and by block how many entries its masks and our engine's have not in common.
 
     python benchmarks/published_walk.py MODEL --calibration CAL.txt --evaluation EVAL.txt --row 70% --row 2:4
 """
@@ -23,7 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur.core.pattern import NM, parse_pattern
 from secateur.data.calibration import sample
 from secateur.data.text import load_text, tokenise
+from secateur.engine.budget import assign
+from secateur.engine.sweep import Sweep
 from secateur.evaluate.perplexity import perplexity
+from secateur.methods.pruners.wanda import Wanda
+from secateur.models.linears import find_all_linears
 
 
 def counting(squares: dict[str, tuple[Tensor, int]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -63,6 +67,15 @@ def prune_(model: nn.Module, ids: Tensor, pattern: str) -> None:
         hidden = [block(states, **given) for states in hidden]
 
 
+def differing(one: nn.Module, other: nn.Module) -> list[int]:
+    """Return, for each block, how many entries are zero in one model and not in the other."""
+    counts: dict[int, int] = {}
+    for mine, its in zip(find_all_linears(one), find_all_linears(other), strict=True):
+        found = int(((mine.read() == 0) != (its.read() == 0)).sum())
+        counts[mine.block] = counts.get(mine.block, 0) + found
+    return list(counts.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -86,12 +99,14 @@ def main() -> None:
     crops = sample(load_text(given.calibration), tokenizer, samples=given.samples, length=given.length, seed=given.seed)
     ids = tokenise(load_text(given.evaluation, lines=True), tokenizer)
     for row in given.row:
-        model = copy.deepcopy(dense)
+        model, ours = copy.deepcopy(dense), copy.deepcopy(dense)
         prune_(model, crops.ids, row)
+        Sweep(patterns=assign(ours, row), pruner=Wanda(), sequential=False).run(ours, crops.ids)
         line = {
             "job": "published walk",
             "case": f"wanda:{row}",
             "perplexity": perplexity(model, ids, length=given.window, limit=given.windows).value,
+            "differing_entries_by_block": differing(model, ours),
             "attention": given.attention,
             "samples": given.samples,
             "length": given.length,
