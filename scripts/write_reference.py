@@ -58,6 +58,7 @@ MODULE_PAGES = {
         "Names of `secateur` itself, below the module that each comes from. The command line and recipes call the same.",
         (
             Part("recipe/stages", ("load", "prune", "tune", "evaluate", "inspect", "export", "Result")),
+            Part("recipe/compare", ("compare",)),
             Part("recipe/schema", ("Recipe",)),
             Part("core/pattern", ("NM", "Unstructured")),
             Part("methods/registry", ("methods",)),
@@ -89,7 +90,17 @@ MODULE_PAGES = {
         "How a model is walked through, one block at a time, and how the walk is resumed.",
         tuple(
             Part(f"engine/{name}")
-            for name in ("sweep", "lanes", "statistics", "stream", "activations", "budget", "memory", "journal")
+            for name in (
+                "sweep",
+                "shared",
+                "lanes",
+                "statistics",
+                "stream",
+                "activations",
+                "budget",
+                "memory",
+                "journal",
+            )
         ),
     ),
     "train": Page(

@@ -412,3 +412,106 @@ def test_work_that_never_comes_back_to_the_interpreter_is_cut_off():
     found, _, seconds = stopped(body, "pass", [signal.SIGINT], grace=0.5)
     assert found == 130
     assert seconds < 5
+
+
+COMPARED = {
+    "rows": [
+        {
+            "method": "dense",
+            "plan": None,
+            "tuner": "none",
+            "pattern": None,
+            "sparsity": 0.0,
+            "perplexity": {"t": 12.5},
+            "seconds": 0.0,
+            "peak_memory_bytes": 10**9,
+            "error": None,
+        }
+    ],
+    "failed": 0,
+    "statistics": "own",
+    "outputs": {"report": "o/report.html"},
+}
+FAILED = {**COMPARED["rows"][0], "method": "wanda", "perplexity": {}, "sparsity": None, "seconds": None, "error": "no"}
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Replaces `compare` by a function that notes how it was called and answers `compared["answer"]`."""
+    from secateur.recipe import compare as comparing
+
+    noted = {"answer": COMPARED}
+
+    def stage(*args, **kwargs):
+        print("a library chatters on stdout")
+        noted["call"] = (args, kwargs)
+        return noted["answer"]
+
+    monkeypatch.setattr(comparing, "compare", stage)
+    return noted
+
+
+def test_lists_of_a_comparison_are_joined_by_commas_or_repeated(compared):
+    words = "compare m --methods wanda,sparsegpt --methods dsnot --pattern 70% --pattern 2:4,4:8 --tuner none,ebft"
+    more = "--set sparsegpt.damping=0.1 --calibration c --samples 8 --length 64 --perplexity a,b --window 32 --limit 3"
+    rest = "--statistics shared --refit --seed 3 --memory-limit 1GB --keep-models --resume -o out --override *.x=dense"
+    assert cli.main([*words.split(), *more.split(), *rest.split()]) == 0
+    args, kwargs = compared["call"]
+    assert args == ("m",)
+    assert kwargs["methods"] == ("wanda", {"name": "sparsegpt", "damping": 0.1}, "dsnot")
+    assert kwargs["pattern"] == ("70%", "2:4", "4:8")
+    assert kwargs["tuner"] == (None, "ebft")
+    assert kwargs["plan"] == (None,)
+    assert (kwargs["samples"], kwargs["length"], kwargs["window"], kwargs["limit"]) == (8, 64, 32, 3)
+    assert (kwargs["perplexity"], kwargs["statistics"]) == (("a", "b"), "shared")
+    assert (kwargs["refit"], kwargs["seed"], kwargs["memory_limit"]) == (True, 3, 10**9)
+    assert (kwargs["keep_models"], kwargs["resume"], kwargs["output"]) == (True, True, "out")
+    assert kwargs["overrides"] == {"*.x": "dense"}
+
+
+def test_the_defaults_of_a_comparison_are_those_of_its_function():
+    import inspect
+
+    from secateur.recipe.compare import compare
+    from secateur.recipe.comparison import Comparison
+
+    signature = inspect.signature(compare).parameters
+    for name, field in Comparison.model_fields.items():
+        assert name in signature or name == "model"
+        default = field.default
+        if name in ("pattern", "tuner", "plan"):
+            (default,) = default
+        if name not in ("model", "methods", "perplexity"):
+            assert default == signature[name].default, name
+
+
+def test_a_comparison_prints_one_object_and_rows_that_failed_have_an_exit_code(compared, capsys):
+    asked = ["compare", "m", "--methods", "wanda", "--calibration", "c", "--perplexity", "t", "-o", "out"]
+    assert cli.main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == COMPARED
+    compared["answer"] = {**COMPARED, "rows": [*COMPARED["rows"], FAILED], "failed": 1, "statistics": "shared"}
+    assert cli.main([*asked, "--json"]) == 7
+    assert json.loads(capsys.readouterr().out)["failed"] == 1
+    assert cli.main(asked) == 7
+    shown = capsys.readouterr().out
+    assert "wanda" in shown
+    assert "not what `secateur prune` does" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--perplexity t -o o", "`--methods` is missing"),
+        ("--methods wanda -o o", "`--perplexity` is missing"),
+        ("--methods wanda --perplexity t", "`--output` is missing"),
+        ("--methods wand --perplexity t -o o", "did you mean `wanda`"),
+        ("--methods wanda --pattern 3:2 --perplexity t -o o", "3:2"),
+        ("--methods wanda --tuner wanda --perplexity t -o o", "not a block tuner"),
+        ("--methods wanda --statistics both --perplexity t -o o", "statistics"),
+        ("--methods wanda --set alps.rho=1 --perplexity t -o o", "none of the methods"),
+    ],
+)
+def test_mistakes_in_a_comparison_end_with_code_2(compared, capsys, words, message):
+    assert cli.main(["compare", "m", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert "call" not in compared

@@ -64,18 +64,20 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, t
 def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
     import secateur.demo
     from secateur import cli
+    from secateur.recipe import compare as comparing
     from secateur.recipe import run as recipe_run
     from secateur.recipe import stages
 
     def accept(name: str, original):
         def call(*args, **kwargs):
             inspect.signature(original).bind(*args, **kwargs)
-            return {"stage": name}
+            return {"stage": name, "failed": 0}
 
         return call
 
     for name in ("prune", "tune", "evaluate", "inspect", "export"):
         monkeypatch.setattr(stages, name, accept(name, getattr(stages, name)))
+    monkeypatch.setattr(comparing, "compare", accept("compare", comparing.compare))
     monkeypatch.setattr(recipe_run, "run", accept("run", recipe_run.run))
     monkeypatch.setattr(secateur.demo, "run", accept("demo", secateur.demo.run))
     monkeypatch.setattr(cli, "_show", lambda *result: None)

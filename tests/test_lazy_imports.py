@@ -46,9 +46,12 @@ def command(*words: str) -> str:
         command("prune", "m", "--pattern", "150%", "--output", "x") + "; assert status == 2",
         command("prune", "m", "--method", "nothing", "--output", "x") + "; assert status == 2",
         command("prune", "m", "--set", "tunr.epochs=1", "--output", "x") + "; assert status == 2",
+        command("compare", "--help")
+        + "; "
+        + command("compare", "m", "--methods", "nothing", "--perplexity", "t", "-o", "x"),
         command("run", "missing.yaml", "--output", "x") + "; assert status == 2",
     ],
-    ids=["package", "names", "help", "methods", "pattern", "method", "setting", "recipe"],
+    ids=["package", "names", "help", "methods", "pattern", "method", "setting", "compare", "recipe"],
 )
 def test_torch_is_not_imported(code):
     assert heavy_after(code) == []

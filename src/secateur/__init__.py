@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.methods.adapters.spp import SppConfig as SppConfig
     from secateur.methods.optimizers.cram import CrAM
     from secateur.methods.registry import methods, register_adapters
+    from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
 
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "Unstructured",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "inspect",
@@ -53,6 +55,7 @@ _HOMES = {
     "Unstructured": "secateur.core.pattern",
     "CrAM": "secateur.methods.optimizers.cram",
     "Recipe": "secateur.recipe.schema",
+    "compare": "secateur.recipe.compare",
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",
     **_ADAPTERS,

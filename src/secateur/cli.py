@@ -57,6 +57,7 @@ _SHARED = (
     "trust_remote_code",
     "revision",
 )
+ROWS_FAILED = 7  # exit code of a comparison that is complete, with rows that hold an error
 _CALL = ("output", "resume", "overwrite", "max_minutes", "dry_run")
 
 
@@ -263,6 +264,87 @@ def run(
 
 
 @app.command()
+def compare(
+    context: typer.Context,
+    model: o.Model,
+    methods: o.Methods = None,
+    pattern: o.Patterns = None,
+    tuner: o.Tuners = None,
+    plan: o.Plans = None,
+    set: o.SetMethod = None,
+    refit: o.Refit = None,
+    one_pass: o.OnePass = None,
+    error_correction: o.ErrorCorrection = None,
+    no_guard: o.NoGuard = None,
+    freeze_zeros: o.FreezeZeros = None,
+    ignore: o.Ignore = None,
+    include: o.Include = None,
+    override: o.Override = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    length: o.Length = None,
+    statistics: o.Statistics = None,
+    field: o.Field = None,
+    skip_bad: o.SkipBad = None,
+    batch_tokens: o.BatchTokens = None,
+    perplexity: o.Perplexity = None,
+    window: o.Window = None,
+    limit: o.Limit = None,
+    lines: o.TextLines = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    offload: o.Offload = None,
+    nonfinite: o.Nonfinite = None,
+    fallback: o.Fallback = None,
+    memory_limit: o.MemoryLimit = None,
+    strict: o.Strict = False,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    keep_models: o.KeepModels = False,
+    title: o.Title = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Prune and measure MODEL in every way that is named, and show one table.
+
+    Rows appear as they are finished; --resume goes on. Exit code 7: some rows failed and hold their error.
+    """
+    given = _begin(context)
+    call = {name: given.pop(name) for name in _CALL if name in given}
+    settings = given.pop("set", ())
+    for name in ("debug", "json"):
+        given.pop(name, None)
+    _arrange(given)
+    for name in ("methods", "pattern", "tuner", "plan"):
+        if name in given:
+            given[name] = [part for text in given[name] for part in text.split(",") if part]
+    for name, example in (("methods", "magnitude,wanda,sparsegpt"), ("perplexity", "wikitext2")):
+        if name not in given:
+            raise RecipeError(f"`--{name}` is missing", hint=f"for example --{name} {example}")
+    if "output" not in call:
+        raise RecipeError("`--output` is missing", hint="name a folder for the table with --output DIR")
+    from secateur.recipe.comparison import Comparison
+
+    asked = Comparison.from_dict(given, settings=settings)
+    with redirect_stdout(sys.stderr):
+        from secateur.recipe import compare as comparing
+        from secateur.terminal import progress
+
+        with progress(sys.stderr) as show:
+            found = comparing.compare(asked.model, progress=show, **asked.arguments(), **call)
+    _warn(found)
+    _show("compare", found, json)
+    if found["failed"]:
+        raise typer.Exit(ROWS_FAILED)
+
+
+@app.command()
 def methods(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show its hyper-parameters.")] = None,
@@ -347,17 +429,7 @@ def _stage(kind: str, context: typer.Context) -> None:
     given.pop("debug", None)
     as_json, settings = given.pop("json", False), given.pop("set", ())
     call = {name: given.pop(name) for name in _CALL if name in given}
-    for switch, name in (("one_pass", "sequential"), ("no_guard", "guard")):
-        if given.pop(switch, False):
-            given[name] = False
-    for name in ("perplexity", "tasks"):
-        if name in given:
-            given[name] = [part for text in given[name] for part in _split(text)]
-    if "override" in given:
-        given["overrides"] = dict(_override(text) for text in given.pop("override"))
-    for name in ("ignore", "include"):
-        if name in given:
-            given[name] = list(given[name])
+    _arrange(given)
     if kind != "evaluate" and call.get("output") is None and not call.get("dry_run"):
         raise RecipeError("`--output` is missing", hint="name the folder to write with --output DIR")
 
@@ -383,9 +455,29 @@ def _stage(kind: str, context: typer.Context) -> None:
             found = result if isinstance(result, dict) else result.report
             if call.get("dry_run"):
                 found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
+    _warn(found)
+    _show(kind, found, as_json)
+
+
+def _arrange(given: dict[str, Any]) -> None:
+    """Turn options into the keys of a recipe, in place."""
+    for switch, name in (("one_pass", "sequential"), ("no_guard", "guard")):
+        if given.pop(switch, False):
+            given[name] = False
+    for name in ("perplexity", "tasks"):
+        if name in given:
+            given[name] = [part for text in given[name] for part in _split(text)]
+    if "override" in given:
+        given["overrides"] = dict(_override(text) for text in given.pop("override"))
+    for name in ("ignore", "include"):
+        if name in given:
+            given[name] = list(given[name])
+
+
+def _warn(found: dict[str, Any]) -> None:
+    """Show the warnings of a result on stderr."""
     for warning in found.get("warnings", ()):
         sys.stderr.write(f"warning: {printable(str(warning))}\n")
-    _show(kind, found, as_json)
 
 
 def _split(text: str) -> list[str]:

@@ -103,6 +103,43 @@ BatchTokens = Annotated[
     _option("--batch-tokens", help="Tokens of one batch.", panel=_TEXT, metavar="N", default="8192", least=1),
 ]
 
+Methods = Annotated[
+    list[str] | None,
+    _option("--methods", help="Pruners, repeated or joined by commas.", panel=_METHOD, metavar="NAMES"),
+]
+Patterns = Annotated[
+    list[str] | None,
+    _option("--pattern", help="A pattern, as in prune; repeatable.", panel=_METHOD, metavar="PATTERN", default="50%"),
+]
+Tuners = Annotated[
+    list[str] | None,
+    _option("--tuner", help="Block tuners, or none for none.", panel=_METHOD, metavar="NAMES", default="none"),
+]
+Plans = Annotated[
+    list[str] | None,
+    _option("--plan", help="Planners, or uniform for none.", panel=_METHOD, metavar="NAMES", default="uniform"),
+]
+SetMethod = Annotated[
+    list[str] | None,
+    _option(
+        "--set",
+        help="A hyper-parameter of one method, such as sparsegpt.damping=0.1; repeatable.",
+        panel=_METHOD,
+        metavar="METHOD.KEY=VALUE",
+    ),
+]
+Statistics = Annotated[
+    str | None,
+    _option(
+        "--statistics",
+        help="own: each row calibrates on its own pruned path, as prune does. shared: one dense pass serves all rows; "
+        "faster, and not equal to prune.",
+        panel=_TEXT,
+        metavar="own|shared",
+        default="own",
+    ),
+]
+
 _MEASURE = "What to measure"
 Perplexity = Annotated[
     list[str] | None,
@@ -110,6 +147,10 @@ Perplexity = Annotated[
 ]
 WindowLength = Annotated[
     int | None, _option("--length", help="Tokens of a window.", panel=_MEASURE, metavar="N", default="1024", least=2)
+]
+Window = Annotated[
+    int | None,
+    _option("--window", help="Tokens of an evaluation window.", panel=_MEASURE, metavar="N", default="1024", least=2),
 ]
 Limit = Annotated[
     int | None, _option("--limit", help="Windows of each text at most.", panel=_MEASURE, metavar="N", least=1)
@@ -179,6 +220,8 @@ Format = Annotated[
     _option("--format", help="How to write it.", panel=_OUT, metavar="checkpoint|bitmask", default="checkpoint"),
 ]
 Resume = Annotated[bool, _option("--resume", help="Go on with an unfinished run; starts if there is none.", panel=_OUT)]
+KeepModels = Annotated[bool, _option("--keep-models", help="Keep the pruned model of every row.", panel=_OUT)]
+Title = Annotated[str | None, _option("--title", help="Heading of the report.", panel=_OUT, metavar="TEXT")]
 Overwrite = Annotated[bool, _option("--overwrite", help="Replace an earlier output.", panel=_OUT)]
 Json = Annotated[bool, _option("--json", help="Print one JSON object on stdout.", panel=_OUT)]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUT)]

@@ -161,6 +161,17 @@ def _run(found: Mapping[str, Any]) -> list[str]:
     return [*lines, *([""] if lines and outputs else []), *facts(outputs)]
 
 
+def _compare(found: Mapping[str, Any]) -> list[str]:
+    from secateur.recipe.compare_table import numeric, table
+
+    head, rows = table(found)
+    lines = columns(head, rows, numeric=numeric(head))
+    if found.get("statistics") == "shared":
+        lines += ["", "statistics: shared, which is not what `secateur prune` does"]
+    outputs = [(str(name), str(path)) for name, path in found.get("outputs", {}).items()]
+    return [*lines, "", *facts(outputs)]
+
+
 def _plan(found: Mapping[str, Any]) -> str:
     from secateur.recipe.yaml_writer import to_yaml
 
@@ -185,4 +196,5 @@ _SHOWN = {
     "methods": _methods,
     "method": _method,
     "run": _run,
+    "compare": _compare,
 }

@@ -20,6 +20,7 @@ BATCH_BYTES = 256 << 20  # memory of one batch of small systems away from CPU
 SMALL_FLOP = 3.0  # what a flop of a small factorisation costs in flops of a large product
 EXPECTED_STEPS = 40  # steps that the iterative refit needs on Grams of real activations
 TOLERANCE = 1e-5  # its last step's share of the loss; leaves it 1e-5 to 3e-4 above the exact one on such Grams
+PATIENCE = 6  # gains like the last that may still come; on such Grams two or three do
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -193,6 +194,7 @@ def refit_iterative(
     damping: float = 1e-4,
     iterations: int = 300,
     tolerance: float = TOLERANCE,
+    goal: float | None = None,
 ) -> Tensor:
     """Return `refit` by diagonally preconditioned conjugate gradients, all rows at once.
 
@@ -204,11 +206,12 @@ def refit_iterative(
         damping: as in `refit`.
         iterations: products of `(out, in)` with `(in, in)` at most.
         tolerance: stop when a step lowers the loss of all rows together by less than this fraction.
+        goal: give up where even `PATIENCE` more gains like the last would leave the damped loss above this.
 
     Returns:
         `(out_features, in_features)`, exactly zero where `mask` is False, its damped loss not above that of `start`.
     """
-    return _conjugate_gradients(target, gram, mask, start, damping, iterations, tolerance)[0]
+    return _conjugate_gradients(target, gram, mask, start, damping, iterations, tolerance, goal)[0]
 
 
 def corrected_target(weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 1e-2) -> Tensor:
@@ -239,7 +242,14 @@ def _definite(gram: Tensor, damping: float) -> Tensor:
 
 
 def _conjugate_gradients(
-    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor, damping: float, iterations: int, tolerance: float
+    target: Tensor,
+    gram: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    damping: float,
+    iterations: int,
+    tolerance: float,
+    goal: float | None = None,
 ) -> tuple[Tensor, bool]:
     """Return what `refit_iterative` returns, and whether the tolerance was reached."""
     regular = damped(gram, damping)
@@ -265,7 +275,7 @@ def _conjugate_gradients(
         gain = float((step * energy).sum(dtype=torch.float64))
         loss -= gain
         settled = gain <= tolerance * loss or gain == 0
-        if settled:
+        if settled or (goal is not None and loss - PATIENCE * gain > goal):
             break
         torch.mul(residual, inverse_diagonal, out=product)
         following = (residual * product).sum(1, keepdim=True)

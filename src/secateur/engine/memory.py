@@ -158,5 +158,20 @@ def peak_memory(device: torch.device) -> int:
     return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
+def forget_peak(device: torch.device) -> bool:
+    """Make `peak_memory` count from what is held now; return whether the system can do that.
+
+    Linux forgets the largest resident size of a process when 5 is written to its `clear_refs`.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

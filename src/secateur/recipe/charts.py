@@ -65,7 +65,7 @@ def pairs(data: Sequence[Pair], *, name: str, axis: str) -> str:
         name: what the chart is, for those who cannot see it.
         axis: what the columns are.
     """
-    values = [v for pair in data for v in (pair.before, pair.after) if _drawable(v)]
+    values = [v for pair in data for v in (pair.before, pair.after) if drawable(v)]
     if not values:
         return ""
     low, high = math.floor(math.log10(min(values)) * 2) / 2, math.ceil(math.log10(max(values)) * 2) / 2
@@ -77,22 +77,22 @@ def pairs(data: Sequence[Pair], *, name: str, axis: str) -> str:
     def vertical(value: float) -> float:
         return top + height * (high - math.log10(value)) / (high - low)
 
-    parts = [_rule(left, WIDTH - 8, vertical(tick), number(tick, 2)) for tick in _ticks(low, high)]
+    parts = [_rule(left, WIDTH - 8, vertical(tick), number(tick, 2)) for tick in ticks(low, high)]
     every = max(1, math.ceil(len(data) / 16))
     for index, pair in enumerate(data):
         x = left + pitch * (index + 0.5)
         words = f"{axis} {pair.label}: {number(pair.before, 3)} before, {number(pair.after, 3)} after"
         parts.append(f"<g><title>{escape(words)}</title>")
-        if _drawable(pair.before) and _drawable(pair.after):
-            parts.append(_line("link", x, x, vertical(pair.before), vertical(pair.after)))
+        if drawable(pair.before) and drawable(pair.after):
+            parts.append(line("link", x, x, vertical(pair.before), vertical(pair.after)))
         for value, kind in ((pair.before, "d1"), (pair.after, "c2")):
-            if _drawable(value):
+            if drawable(value):
                 parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{vertical(value):.1f}" r="{radius:.1f}"/>')
         parts.append("</g>")
         if index % every == 0:
-            parts.append(_text(x, top + height + 20, _short(pair.label, 8), "tick", "middle"))
-    parts.append(_text(left + (WIDTH - left) / 2, top + height + 40, axis, "tick", "middle"))
-    return _svg(parts, top + height + 48, name)
+            parts.append(text(x, top + height + 20, short(pair.label, 8), "tick", "middle"))
+    parts.append(text(left + (WIDTH - left) / 2, top + height + 40, axis, "tick", "middle"))
+    return svg(parts, top + height + 48, name)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def grid(cells: Sequence[Cell], *, name: str, axis: str) -> str:
     gap = 2.0 if width > 8 else 0.5
     place = {column: index for index, column in enumerate(columns)}
     parts = [
-        _text(LABELS - 12, tall * row + tall / 2 + 5, _short(label, 22), "name", "end")
-        for row, label in enumerate(rows)
+        text(LABELS - 12, tall * row + tall / 2 + 5, short(label, 22), "name", "end") for row, label in enumerate(rows)
     ]
     for cell in cells:
         shade = "none" if cell.level is None else f"h{min(int(cell.level * SHADES), SHADES - 1)}"
@@ -136,9 +135,9 @@ def grid(cells: Sequence[Cell], *, name: str, axis: str) -> str:
     every = max(1, math.ceil(len(columns) / 16))
     for column in columns[::every]:
         x = LABELS + width * (place[column] + 0.5) - gap / 2
-        parts.append(_text(x, bottom + 18, str(column), "tick", "middle"))
-    parts.append(_text(LABELS + width * len(columns) / 2, bottom + 38, axis, "tick", "middle"))
-    return _svg(parts, bottom + 46, name)
+        parts.append(text(x, bottom + 18, str(column), "tick", "middle"))
+    parts.append(text(LABELS + width * len(columns) / 2, bottom + 38, axis, "tick", "middle"))
+    return svg(parts, bottom + 46, name)
 
 
 def levels(values: Iterable[float | None], *, logarithmic: bool) -> list[float | None]:
@@ -161,11 +160,12 @@ def _length(value: float, logarithmic: bool) -> float:
     return math.log(max(value, 1.0)) if logarithmic else value
 
 
-def _drawable(value: float | None) -> bool:
+def drawable(value: float | None) -> bool:
+    """Whether a value has a place on a logarithmic scale."""
     return value is not None and math.isfinite(value) and value > 0
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Return the powers of ten between 10^low and 10^high, with twos and fives where few fit."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
@@ -176,22 +176,25 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _rule(left: float, right: float, y: float, words: str) -> str:
-    return _line("rule", left, right, y, y) + _text(left - 10, y + 4, words, "tick", "end")
+    return line("rule", left, right, y, y) + text(left - 10, y + 4, words, "tick", "end")
 
 
-def _line(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
+def line(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    """Return a straight line of the class `kind`."""
     return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
+def text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
+    """Return a piece of text of the class `kind`."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _short(text: str, most: int) -> str:
-    """Return `text`, its middle left out beyond `most` characters."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
+def short(words: str, most: int) -> str:
+    """Return `words`, their middle left out beyond `most` characters."""
+    return words if len(words) <= most else f"{words[: most // 2]}…{words[-(most - most // 2 - 1) :]}"
 
 
-def _svg(parts: Iterable[str], height: float, name: str) -> str:
+def svg(parts: Iterable[str], height: float, name: str) -> str:
+    """Return a chart as wide as all of them."""
     body = "".join(parts)
     return f'<svg role="img" aria-label="{escape(name)}" viewBox="0 0 {WIDTH:.0f} {height:.0f}">{body}</svg>'

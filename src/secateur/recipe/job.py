@@ -56,8 +56,10 @@ class Job:
         self.device = device_of(options.get("device"))
         self.warnings: list[str] = []
         minutes = options.get("max_minutes")
-        if minutes is not None and options.get("output") is None:
+        if minutes is not None and options.get("output") is None and options.get("state") is None:
             raise RecipeError("`max_minutes` needs an `output`, where the unfinished run can wait")
+        if options.get("output") is not None and options.get("state") is not None:
+            raise RecipeError("`state` is for runs without an `output`, beside which the state lies otherwise")
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.side: dict[str, Any] | None = None
         if isinstance(model, nn.Module):
@@ -184,7 +186,7 @@ class Job:
         identity = {
             "stage": self.stage,
             **settings,
-            "model": self.identity() if options["output"] is not None else {},
+            "model": self.identity() if options["output"] or options.get("state") else {},
             "teacher": None if teacher is None else str(options.get("teacher")),
             "calibration": report["calibration"],
             "seed": options["seed"],
@@ -196,10 +198,10 @@ class Job:
         output = None if options["output"] is None else Path(options["output"])
         if output is not None and options["resume"] and (finished := self._finished(output, identity)):
             return Result(finished.model, {**report, **self._as_found(finished, output)})
-        if output is None:
+        if output is None and options.get("state") is None:
             done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, progress=self.progress)
         else:
-            done = self._run_and_publish(sweep, data, identity, teacher, output)
+            done = self._run_with_journal(sweep, data, identity, teacher, output)
         self.warnings += [*data.notes, *done.warnings]
         layers = [
             {**asdict(layer), "shape": list(layer.shape), "notes": list(layer.notes)}
@@ -216,11 +218,12 @@ class Job:
         }
         return Result(self.model, report)
 
-    def _run_and_publish(
-        self, sweep: Sweep, data: Calibration, identity: dict[str, Any], teacher: nn.Module | None, output: Path
+    def _run_with_journal(
+        self, sweep: Sweep, data: Calibration, identity: dict[str, Any], teacher: nn.Module | None, output: Path | None
     ) -> SweepReport:
+        """Sweep with every finished block safe on disk; publish the model if there is an `output`."""
         options = self.options
-        state = state_folder(output)
+        state = Path(options["state"]) if output is None else state_folder(output)
         if options["overwrite"] and not options["resume"] and state.exists():
             forget(state)
         journal = Journal(state, identity, resume=options["resume"])
@@ -231,8 +234,9 @@ class Job:
                     f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
                 )
             self._refuse_changed_source()
-            with publish(output, options["overwrite"]) as folder:
-                self.warnings += save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
+            if output is not None:
+                with publish(output, options["overwrite"]) as folder:
+                    self.warnings += save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
         except BaseException:
             journal.close(remove=False)
             raise

@@ -9,22 +9,20 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from secateur.core.quantities import duration, number, percent, size
 from secateur.recipe.charts import SHADES, Bar, Cell, Pair, bars, grid, levels, pairs
 from secateur.recipe.headline import MAKES_MODEL, Measured, headline, measured
+from secateur.recipe.markup import chart, details, document, legend, table
 from secateur.recipe.yaml_writer import to_yaml
 
-MANY_LINES = 4000  # rows of a table beyond which only the first ones are shown; report.json has all
 _KIND_WORDS = {"prune": "Pruning", "tune": "Tuning", "evaluate": "Measuring", "export": "Exporting"}
 
 
 def render(report: Mapping[str, Any]) -> str:
     """Return the report of a run (see `recipe/report.py`) as an HTML page."""
     title = str(report.get("title") or "Pruning report")
-    style = files("secateur.recipe").joinpath("report.css").read_text(encoding="utf-8")
     made = [stage for stage in report.get("stages", ()) if stage.get("stage") in MAKES_MODEL]
     sections = [
         _tiles(measured(report)),
@@ -36,16 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
         _samples(report.get("samples") or ()),
         _recipe(report),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f'<header><h1>{escape(title)}</h1><p class="meta">{_subtitle(report)}</p></header>\n'
-        + "\n".join(section for section in sections if section)
-        + f"\n<footer>{_versions(report)}</footer>\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, _subtitle(report), sections, _versions(report))
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
@@ -93,7 +82,7 @@ def _headline(report: Mapping[str, Any]) -> str:
     head, rows = headline(report)
     if not rows:
         return ""
-    return f"<section><h2>At a glance</h2>{_table(head, rows, range(1, len(head)), 'headline')}</section>"
+    return f"<section><h2>At a glance</h2>{table(head, rows, range(1, len(head)), 'headline')}</section>"
 
 
 def _perplexity(rows: Sequence[Measured]) -> str:
@@ -151,12 +140,12 @@ def _blocks(stage: Mapping[str, Any], heading: str) -> str:
         )
     tuner = (stage.get("tuner") or stage.get("method") or {}).get("name", "the tuner")
     head = ["block", "before", "after", "gone", "epochs", "time", "notes"]
-    legend = _legend([("d1", f"before {tuner}"), ("c2", f"after {tuner}")])
-    chart = pairs(data, name="reconstruction error of each block before and after tuning", axis="block")
+    dots = legend([("d1", f"before {tuner}"), ("c2", f"after {tuner}")])
+    svg = pairs(data, name="reconstruction error of each block before and after tuning", axis="block")
     return (
         f"<section><h2>{escape(heading)}: error of each block</h2>"
         "<p class=\"why\">Mean squared error of a block's output against the dense block's, as a share of its "
-        f"mean square; logarithmic.</p>{legend}{_chart(chart)}{_details('All blocks', head, rows, range(6))}</section>"
+        f"mean square; logarithmic.</p>{dots}{chart(svg)}{details('All blocks', head, rows, range(6))}</section>"
     )
 
 
@@ -193,7 +182,7 @@ def _linears(stage: Mapping[str, Any], heading: str) -> str:
         ]
         for layer in layers
     ]
-    return "".join(parts) + _details(f"All {len(rows)} linears", head, rows, (3, 4, 5, 6)) + "</section>"
+    return "".join(parts) + details(f"All {len(rows)} linears", head, rows, (3, 4, 5, 6)) + "</section>"
 
 
 def _field(values: Mapping[tuple[str, int], float | None], what: str, *, logarithmic: bool, show: Any) -> str:
@@ -205,12 +194,12 @@ def _field(values: Mapping[tuple[str, int], float | None], what: str, *, logarit
     known = [value for value in values.values() if value is not None]
     if known and max(known) - min(known) < 5e-4 * abs(max(known)):
         return f"<p>{escape(show(max(known)))} in every linear.</p>"
-    chart = _chart(grid(cells, name=f"{what} by linear and block", axis="block"))
+    svg = chart(grid(cells, name=f"{what} by linear and block", axis="block"))
     squares = "".join(
         f'<svg viewBox="0 0 16 14"><rect class="h{k}" width="16" height="14"/></svg>' for k in range(SHADES)
     )
     ends = (show(min(known)), show(max(known))) if known else ("", "")
-    return f'{chart}<p class="legend">{escape(ends[0])} <span class="ramp">{squares}</span> {escape(ends[1])}</p>'
+    return f'{svg}<p class="legend">{escape(ends[0])} <span class="ramp">{squares}</span> {escape(ends[1])}</p>'
 
 
 def _cost(stages: Iterable[Mapping[str, Any]]) -> str:
@@ -237,7 +226,7 @@ def _cost(stages: Iterable[Mapping[str, Any]]) -> str:
         parts += ["<h3>Time of each stage</h3>", bars(times, name="time of each stage")]
     if memory:
         parts += ["<h3>Peak memory so far</h3>", bars(memory, name="peak memory of each stage")]
-    parts.append(_details("As a table", ["stage", "time", "peak memory", "planned for the work"], rows, (1, 2, 3)))
+    parts.append(details("As a table", ["stage", "time", "peak memory", "planned for the work"], rows, (1, 2, 3)))
     return "".join(parts) + "</section>"
 
 
@@ -265,7 +254,7 @@ def _recipe(report: Mapping[str, Any]) -> str:
         )
     outputs = [[str(name), str(path)] for name, path in (report.get("outputs") or {}).items()]
     if outputs:
-        parts.append(f"<h3>Files</h3>{_table(['what', 'where'], outputs, (), 'details-table')}")
+        parts.append(f"<h3>Files</h3>{table(['what', 'where'], outputs, (), 'details-table')}")
     return f"<section>{''.join(parts)}</section>" if parts else ""
 
 
@@ -284,41 +273,3 @@ def _role(name: str) -> str:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int], kind: str = "") -> str:
-    right = set(numeric)
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if place in right else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    top = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
-
-
-def _details(words: str, head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Iterable[int]) -> str:
-    shown = rows[:MANY_LINES]
-    more = f"<p>and {len(rows) - len(shown)} more in <code>report.json</code></p>" if len(rows) > len(shown) else ""
-    used = [place for place in range(len(head)) if any(row[place] not in ("", "-") for row in shown)]
-    table = _table(
-        [head[k] for k in used],
-        [[row[k] for k in used] for row in shown],
-        [used.index(k) for k in numeric if k in used],
-        "details-table",
-    )
-    return f"<details><summary>{escape(words)}</summary>{table}{more}</details>"
-
-
-def _chart(svg: str) -> str:
-    return f'<div class="chart">{svg}</div>'
-
-
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    items = "".join(
-        f'<span><svg viewBox="0 0 14 14"><circle class="{kind}" cx="7" cy="7" r="5"/></svg>{escape(words)}</span>'
-        for kind, words in entries
-    )
-    return f'<p class="legend">{items}</p>'

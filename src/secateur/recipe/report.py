@@ -31,12 +31,12 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ResourceError: if a file cannot be written.
     """
-    plain = json.loads(json.dumps(_finite(report), default=str))
+    plain = json.loads(json.dumps(finite(report), default=str))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "report.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-        _write(folder / "report.html", render(plain))
-        _write(folder / "report.md", markdown(plain))
+        write_text(folder / "report.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / "report.html", render(plain))
+        write_text(folder / "report.md", markdown(plain))
     except OSError as error:
         raise ResourceError(f"the report in `{folder}` cannot be written: {error.strerror}") from error
 
@@ -44,46 +44,49 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as Markdown: the headline table, warnings, samples, the recipe."""
     head, rows = headline(report)
-    lines = [f"# {_inline(report.get('title') or 'Pruning report')}", ""]
+    lines = [f"# {inline(report.get('title') or 'Pruning report')}", ""]
     if rows:
-        lines += [_row(head), _row(["---", *["---:"] * (len(head) - 1)]), *map(_row, rows), ""]
+        lines += [line_of(head), line_of(["---", *["---:"] * (len(head) - 1)]), *map(line_of, rows), ""]
     warnings = dict.fromkeys(str(words) for stage in report.get("stages", ()) for words in stage.get("warnings") or ())
     if warnings:
-        lines += ["## Warnings", "", *(f"- {_inline(words)}" for words in warnings), ""]
+        lines += ["## Warnings", "", *(f"- {inline(words)}" for words in warnings), ""]
     if samples := report.get("samples"):
         lines += ["## What the models write", ""]
         for sample in samples:
-            text = "\n> ".join(_inline(line) for line in str(sample.get("text", "")).splitlines() or [""])
-            lines += [f"**{_inline(sample.get('label', ''))}**", "", f"> {text}", ""]
+            text = "\n> ".join(inline(line) for line in str(sample.get("text", "")).splitlines() or [""])
+            lines += [f"**{inline(sample.get('label', ''))}**", "", f"> {text}", ""]
     if recipe := report.get("recipe"):
         lines += ["## Recipe", "", *(f"    {line}" for line in to_yaml(recipe).splitlines()), ""]
     if outputs := report.get("outputs"):
-        lines += ["## Files", "", *(f"- {_inline(name)}: {_inline(path)}" for name, path in outputs.items()), ""]
+        lines += ["## Files", "", *(f"- {inline(name)}: {inline(path)}" for name, path in outputs.items()), ""]
     versions = report.get("versions") or {}
-    return "\n".join([*lines, ", ".join(f"{_inline(k)} {_inline(v)}" for k, v in versions.items())]).rstrip() + "\n"
+    return "\n".join([*lines, ", ".join(f"{inline(k)} {inline(v)}" for k, v in versions.items())]).rstrip() + "\n"
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(_inline(cell) if set(cell) - set('-:') else cell for cell in cells)} |"
+def line_of(cells: list[str]) -> str:
+    """Return one line of a Markdown table."""
+    return f"| {' | '.join(inline(cell) if set(cell) - set('-:') else cell for cell in cells)} |"
 
 
-def _inline(text: Any) -> str:
+def inline(text: Any) -> str:
     """Return `text` on one line with everything escaped that Markdown or HTML would act on."""
     flat = " ".join(str(text).split())
     return "".join({"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c, f"\\{c}" if c in "\\`*_[]|#!" else c) for c in flat)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain data with NaN and infinities as None, which JSON can say."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: it is there as a whole or as it was."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="replace")

@@ -173,14 +173,14 @@ def _run_folder(output: Path, digest: str, resolved: dict[str, Any], resume: boo
         if not ours:
             raise StateError(f"`{output}` exists and is not a run folder", hint="choose another --output")
         if overwrite and not resume:
-            with _locked(output):
+            with locked(output):
                 shutil.rmtree(output)
         elif not resume:
             raise StateError(
                 f"`{output}` holds an earlier run", hint="go on with --resume, or replace it with --overwrite"
             )
         elif earlier and earlier.get("digest") != digest:
-            keys = ", ".join(_differing(earlier.get("recipe", {}), resolved)[:6])
+            keys = ", ".join(differing(earlier.get("recipe", {}), resolved)[:6])
             raise StateError(
                 f"`{output}` holds the run of another recipe (different: {keys})",
                 hint="repeat that recipe, or replace the run with --overwrite",
@@ -191,12 +191,18 @@ def _run_folder(output: Path, digest: str, resolved: dict[str, Any], resume: boo
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"the run folder `{output}` cannot be made: {error.strerror}") from error
-    with _locked(output):
+    with locked(output):
         yield
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
+    """Hold the lock of a run folder.
+
+    Raises:
+        StateError: if another process holds it.
+        ResourceError: if the folder cannot be written.
+    """
     try:
         handle = (output / "lock").open("w")
     except OSError as error:
@@ -209,19 +215,19 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _differing(one: Any, other: Any, place: str = "") -> list[str]:
+def differing(one: Any, other: Any, place: str = "") -> list[str]:
     """Return the dotted places at which two resolved recipes differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         return [
             found
             for key in sorted({*one, *other})
-            for found in _differing(one.get(key), other.get(key), f"{place}.{key}".lstrip("."))
+            for found in differing(one.get(key), other.get(key), f"{place}.{key}".lstrip("."))
         ]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [
             found
             for index, (left, right) in enumerate(zip(one, other, strict=True))
-            for found in _differing(left, right, f"{place}.{index}")
+            for found in differing(left, right, f"{place}.{index}")
         ]
     return [] if one == other else [place]
 

@@ -58,7 +58,7 @@ class _Model(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _Calibrated(_Model):
+class Calibrated(_Model):
     """What every stage has that looks at calibration text."""
 
     calibration: Text | None = Field(None, validation_alias=also("calibration"))
@@ -88,7 +88,7 @@ class _Calibrated(_Model):
         return flat
 
 
-class Prune(_Calibrated):
+class Prune(Calibrated):
     """Prune every linear of every block, and tune each block if there is a tuner."""
 
     method: PrunerSpec = "sparsegpt"
@@ -116,7 +116,7 @@ class Prune(_Calibrated):
         return {key: value for key, value in data.items() if key != "targets"}
 
 
-class Tune(_Calibrated):
+class Tune(Calibrated):
     """Tune the blocks of a model that is already sparse; its zeros stay."""
 
     method: TuningSpec = "ebft"

@@ -66,6 +66,7 @@ def prune(
     batch_tokens: int = 8192,
     field: str = "text",
     output: str | Path | None = None,
+    state: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     inplace: bool = False,
@@ -111,10 +112,11 @@ def prune(
         batch_tokens: tokens of one calibration batch.
         field: field of a `.jsonl` or `.parquet` calibration file.
         output: folder to publish the model in; None returns it only.
+        state: folder where a run without `output` keeps its finished blocks until its end, so that `resume` goes on.
         resume: go on with an earlier unfinished run of the same settings; simply starts if there is none.
         overwrite: replace an earlier output and forget an unfinished run.
         inplace: change a live `model` itself instead of a copy.
-        max_minutes: stop at a block boundary after this time; needs `output`, and `resume` goes on.
+        max_minutes: stop at a block boundary after this time; needs `output` or `state`, and `resume` goes on.
         memory_limit: bytes of main memory that may be used; the system's free memory if None.
         strict: raise instead of warn where something was not done as asked.
         skip_bad: bad lines of a data file that may be skipped.
@@ -192,6 +194,7 @@ def tune(
     batch_tokens: int = 8192,
     field: str = "text",
     output: str | Path | None = None,
+    state: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     inplace: bool = False,

@@ -14,7 +14,8 @@ from secateur.core.contracts import BlockTask, BlockTuner, Tuned
 from secateur.core.errors import InputError, NumericError
 from secateur.core.linalg import refit
 from secateur.core.pattern import NM, Unstructured
-from secateur.methods.block_tuners.ebft import EBFT, rate_factor, rate_units, token_errors
+from secateur.methods.block_tuners.ebft import EBFT, rate_factor, rate_units
+from secateur.train.reconstruction import token_errors
 
 HIDDEN = 8
 HALF = Unstructured(0.5, "row")

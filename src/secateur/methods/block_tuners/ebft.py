@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -25,32 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core.contracts import BlockTask, Tuned
-from secateur.core.errors import InputError, NumericError
+from secateur.core.errors import NumericError
 from secateur.core.method import method
 from secateur.train.masking import FixedMasks
+from secateur.train.reconstruction import Loss, Reconstruction, copy_, only
 
-Loss = Literal["relative", "mse"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def token_errors(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
-    """Return the reconstruction error of every token, `(sequences, tokens)`, float32 or wider.
-
-    `mse` is the mean square of `output - target` over the hidden size. `relative` divides it by the mean square of the
-    token's target: the norm in front of the next block does the same to the hidden state, and tokens with massive
-    activations, a thousand times the others' size, count like any other.
-
-    Args:
-        output: `(sequences, tokens, hidden)`.
-        target: same shape.
-        loss: `relative` or `mse`.
-    """
-    wide = torch.promote_types(target.dtype, torch.float32)
-    target = target.to(wide)
-    error = (output.to(wide) - target).square().mean(-1)
-    if loss == "relative":
-        error = error / target.square().mean(-1).clamp_min(torch.finfo(wide).tiny)
-    return error
 
 
 def rate_factor(done: float, share: float, warmup: float) -> float:
@@ -147,7 +125,7 @@ class EBFT:
             InputError: if the calibration holds no real token.
             NumericError: if the error is not finite before any training.
         """
-        with _only(task.block, self._trained(task)) as parameters:
+        with only(task.block, self._trained(task)) as parameters:
             return _Training(self, task, parameters).run()
 
     def _trained(self, task: BlockTask) -> list[nn.Parameter]:
@@ -156,19 +134,6 @@ class EBFT:
         if self.train_norms:
             parameters += [parameter for parameter in task.block.parameters() if parameter.dim() == 1]
         return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A contiguous run of sequences of one calibration batch, and the number of real tokens in it."""
-
-    batch: int
-    rows: slice
-    tokens: int
-
-    @property
-    def sequences(self) -> int:
-        return int(self.rows.stop - self.rows.start)
 
 
 class _Training:
@@ -181,9 +146,14 @@ class _Training:
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.masks = FixedMasks(task.masked)
         self.masks.apply_()
-        self.training, held = _divide(task, settings.batch_size, settings.holdout)
-        self.judged = held or self.training
-        self.total = max(1, settings.epochs * sum(run.sequences for run in self.training))
+        self.errors = Reconstruction(
+            task,
+            settings.loss,
+            batch_size=settings.batch_size,
+            holdout=settings.holdout,
+            autocast=settings.autocast,
+        )
+        self.total = max(1, settings.epochs * self.errors.sequences)
         self.units = rate_units(parameters, task.masked) if settings.relative_rate else [1.0] * len(parameters)
         self.seen = 0
         self.first = 1.0
@@ -191,7 +161,7 @@ class _Training:
     def run(self) -> Tuned:
         """Train to the end, and leave the best state in the block."""
         started = time.perf_counter()
-        self.first = best = self.error()
+        self.first = best = self.errors.error()
         if not math.isfinite(best):
             raise NumericError(
                 "the output error of the block is NaN or infinite before tuning",
@@ -206,23 +176,23 @@ class _Training:
             while epochs < self.settings.epochs:
                 self.epoch(optimizer, scale)
                 epochs += 1
-                error = self.error()
+                error = self.errors.error()
                 gain = 1 - error / best
                 if gain > 0:
                     best = error
-                    _copy_(kept, self.parameters)
+                    copy_(kept, self.parameters)
                 if not error <= self.first:
                     times = error / self.first
                     notes.append(f"epoch {epochs} ended at {times:.3g} times the first error and was undone")
                     if undone:
                         break
                     undone, scale = True, 0.5
-                    _copy_(self.parameters, kept)
+                    copy_(self.parameters, kept)
                     optimizer = self.optimizer()
                 elif self.settings.min_gain > 0 and gain < self.settings.min_gain:
                     break
-            _copy_(self.parameters, kept)
-        return Tuned(self.first, best, self.scale(), epochs, time.perf_counter() - started, tuple(notes))
+            copy_(self.parameters, kept)
+        return Tuned(self.first, best, self.errors.scale(), epochs, time.perf_counter() - started, tuple(notes))
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -238,12 +208,12 @@ class _Training:
 
     def epoch(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
         """Take the steps of one epoch; nothing in it waits for the device."""
-        for step in _steps(self.training, self.settings.batch_size, self.task.generator):
+        for step in self.errors.steps():
             tokens = sum(run.tokens for run in step)
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 for run in step:
-                    torch.autograd.backward(self.loss(run) / (tokens * self.first))
+                    torch.autograd.backward(self.errors.of(run) / (tokens * self.first))
             self.masks.mask_gradients_()
             if self.settings.clip is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
@@ -254,103 +224,3 @@ class _Training:
             optimizer.step()
             self.seen += sequences
             self.task.progress(self.seen / self.total)
-
-    def loss(self, run: _Run) -> Tensor:
-        """Return the error summed over the real tokens of `run`, a scalar on the device."""
-        keep = self.task.keep(run.batch)
-        target = self.task.targets[run.batch][run.rows].to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-            output = self.task.call(self.task.block, run.batch, run.rows)
-        errors = token_errors(output, target, self.settings.loss)
-        if keep is not None:
-            errors = errors.masked_fill(~keep[run.rows].to(self.device, non_blocking=True), 0.0)
-        return errors.sum()
-
-    @torch.no_grad()
-    def error(self) -> float:
-        """Return the mean error over the real tokens of the sequences that judge; waits for the device once."""
-        sums = torch.stack([self.loss(run) for run in self.judged]).cpu()
-        return float(sums.double().sum()) / sum(run.tokens for run in self.judged)
-
-    @torch.no_grad()
-    def scale(self) -> float:
-        """Return the mean square of the targets that `error` is about, or 1 where it is relative already."""
-        if self.settings.loss == "relative":
-            return 1.0
-        total, count = 0.0, 0
-        for run in self.judged:
-            squares = self.task.targets[run.batch][run.rows].float().square().mean(-1)
-            keep = self.task.keep(run.batch)
-            chosen = squares if keep is None else squares[keep[run.rows].to(squares.device)]
-            total += float(chosen.sum(dtype=torch.float64))
-            count += chosen.numel()
-        return total / count
-
-
-def _divide(task: BlockTask, batch_size: int, holdout: float) -> tuple[list[_Run], list[_Run]]:
-    """Return the runs to train on and the runs held out, cut from all batches and drawn at random.
-
-    Runs without a real token are left out; at least one sequence stays to train on.
-
-    Raises:
-        InputError: if no run holds a real token.
-    """
-    cuts: list[tuple[int, int, list[int]]] = []  # batch, first sequence, real tokens of each sequence
-    for batch in range(len(task.inputs)):
-        sequences, length = task.inputs[batch].shape[:2]
-        keep = task.keep(batch)
-        real = [length] * sequences if keep is None else keep.sum(1).tolist()
-        cuts += [(batch, start, real[start : start + batch_size]) for start in range(0, sequences, batch_size)]
-    count = sum(len(real) for _, _, real in cuts)
-    left = min(round(holdout * count), count - 1)
-    training: list[_Run] = []
-    held: list[_Run] = []
-    for number in torch.randperm(len(cuts), generator=task.generator).tolist():
-        batch, start, real = cuts[number]
-        taken = min(max(left, 0), len(real))
-        left -= taken
-        for runs, first, last in ((held, 0, taken), (training, taken, len(real))):
-            tokens = sum(real[first:last])
-            if tokens:
-                runs.append(_Run(batch, slice(start + first, start + last), tokens))
-    if not training:
-        training, held = held, []
-    if not training:
-        raise InputError("the calibration holds no real token to tune on", hint="give more text, or less padding")
-    return training, held
-
-
-def _steps(runs: Sequence[_Run], batch_size: int, generator: torch.Generator) -> Iterator[list[_Run]]:
-    """Yield all `runs` in random order, as many together as hold at most `batch_size` sequences."""
-    step: list[_Run] = []
-    for number in torch.randperm(len(runs), generator=generator).tolist():
-        if step and sum(run.sequences for run in step) + runs[number].sequences > batch_size:
-            yield step
-            step = []
-        step.append(runs[number])
-    yield step
-
-
-@torch.no_grad()
-def _copy_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    for receiver, giver in zip(to, source, strict=True):
-        receiver.copy_(giver)
-
-
-@contextmanager
-def _only(block: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Let gradients reach `parameters` alone, with dropout off, and put everything back afterwards."""
-    chosen = {id(parameter) for parameter in parameters}
-    wanted = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    modes = [(module, module.training) for module in block.modules()]
-    try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(id(parameter) in chosen)
-        block.eval()
-        yield parameters
-    finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        for module, mode in modes:
-            module.training = mode
