@@ -107,7 +107,9 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
         "one batch": batch * (2 * wide + 3 * hidden) * item,
         "library": LIBRARY,
     }
-    stores = 2 + int(dense_path) + int(sweep.tuner is not None and not dense_path)
+    # a block's inputs are kept until it is finished, on each path, because it may have to be done again
+    own_targets = sweep.tuner is not None and not sweep.tuner.dense_path
+    stores = 2 + 2 * int(dense_path) + int(own_targets)
     states = tokens * hidden * item * stores
     host = {
         "hidden states": states if sweep.offload == "ram" else 2 * batch * hidden * item,
@@ -117,8 +119,12 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
 
 
 def tuning_bytes(tuner: BlockTuner, parameters: int, tokens: int, hidden: int, wide: int) -> int:
-    """Return the bytes of one tuning step: gradients, Adam's two moments, best state, masks, and saved activations."""
-    return (4 * 4 + 1) * parameters + tokens * (16 * hidden + 8 * wide) * 4
+    """Return the bytes of one tuning step: gradients, Adam's two moments, best state, masks, and saved activations.
+
+    A tuner that holds further float32 copies of the weights says how many in `weight_copies`.
+    """
+    copies = 4 + int(getattr(tuner, "weight_copies", 0))
+    return (4 * copies + 1) * parameters + tokens * (16 * hidden + 8 * wide) * 4
 
 
 def available_memory() -> int:

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -78,6 +78,8 @@ class SDSBlocks:
     loss: Loss = "relative"
     holdout: Fraction = 0.1
     autocast: bool = False
+
+    weight_copies: ClassVar[int] = 2  # latent weights, and the scores and masks of one selection
 
     @property
     def dense_path(self) -> bool:

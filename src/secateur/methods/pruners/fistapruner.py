@@ -30,7 +30,7 @@ from secateur.core.pattern import NM, Pattern
 from secateur.core.problem import LayerProblem, Pruned
 from secateur.methods.pruners.sparsegpt import SparseGPT
 
-LAMBDAS = (1e-3, 1.0)  # first and last lambda of a path, in units of the median of |W G|
+LAMBDAS = (1e-2, 0.5)  # first and last lambda of a path, in units of the median of |W G|
 DAMPING = 1e-4  # of the refits, as a fraction of the mean diagonal
 POWER_STEPS = 30  # products with the Gram that its largest eigenvalue is estimated by
 SAFETY = 1.02  # what the estimate, which comes from below, is raised by
@@ -54,7 +54,7 @@ class FISTAPruner:
 
     base: Pruner | None = SparseGPT()
     steps: Annotated[int, Field(ge=1)] = 20
-    lambdas: Annotated[int, Field(ge=1)] = 16
+    lambdas: Annotated[int, Field(ge=1)] = 12
     patience: Annotated[int, Field(ge=1)] = 3
     reweighted: bool = True
     scaled: bool = True
@@ -79,11 +79,12 @@ class FISTAPruner:
         first, held = self._first(problem)
         if bool(first.mask.all()):
             return Pruned(problem.weight.clone(), first.mask)
-        if metric.lipschitz <= 0 or not bool(first.mask.any()):
-            return first
         scale, gram = metric.scale, metric.gram
         target = problem.weight * scale
         linear = target @ gram
+        active = linear[linear != 0].abs()
+        if not active.numel() or not bool(first.mask.any()):  # nothing to approximate, or nothing to choose
+            return first
         barred = metric.dead.expand_as(held) | held
         if problem.frozen is not None:
             barred = barred | problem.frozen
@@ -95,7 +96,7 @@ class FISTAPruner:
         value = refit_iterative(target, gram, mask, first.weight * scale, DAMPING, START_STEPS, tolerance=0.0)
         best = quadratic_loss(value - target, gram), mask, value
         point = target if self.base is None and problem.start is None else value
-        level = linear[linear != 0].abs().median()
+        level = active.median()
         failures = 0
         for fraction in np.geomspace(*LAMBDAS, self.lambdas).tolist():
             penalty = (
@@ -211,30 +212,31 @@ def fista(value: Tensor, gram: Tensor, linear: Tensor, penalty: Tensor, lipschit
         lipschitz: at least the largest eigenvalue of `gram`, which steps are divided by.
         steps: products of `(rows, in)` with `(in, in)`, plus one.
     """
-    threshold = penalty / lipschitz
-    value = torch.where(penalty.isinf(), 0.0, value)
-    finite = penalty.masked_fill(penalty.isinf(), 0.0)
-
-    def objective(point: Tensor, product: Tensor) -> Tensor:
-        smooth = (point * torch.add(product, linear, alpha=-2)).sum(1) / 2
-        return smooth + (point.abs() * finite).sum(1)
-
-    product = value @ gram
-    ahead, slope = value, product  # the extrapolated point and its product with the Gram
-    reached = objective(value, product)  # (rows,)
+    barred = penalty.isinf()
+    # everything in units of the step: gradients are moves, thresholds are lengths
+    gram, linear, upper = gram / lipschitz, linear / lipschitz, penalty / lipschitz
+    lower, half = -upper, linear / 2
+    value = value.masked_fill(barred, 0.0)
+    slope = (value @ gram).sub_(linear)
+    reached = (value * ((slope - linear) / 2) + value.abs() * upper.masked_fill(barred, 0.0)).sum(1)  # (rows,)
+    ahead, ahead_slope = value.clone(), slope.clone()  # the extrapolated point
+    following, following_slope = torch.empty_like(value), torch.empty_like(value)
+    cut, work = torch.empty_like(value), torch.empty_like(value)
     momentum = torch.ones_like(reached)
     for _ in range(steps):
-        following = shrink(ahead - (slope - linear) / lipschitz, threshold)
-        moved = following @ gram
-        level = objective(following, moved)
+        ahead.sub_(ahead_slope)
+        torch.clamp(ahead, lower, upper, out=cut)
+        torch.sub(ahead, cut, out=following)
+        torch.mm(following, gram, out=following_slope).sub_(linear)
+        # what was cut off is the threshold with the sign of what is left, so cut * following is the penalty
+        level = torch.add(cut, following_slope, alpha=0.5, out=work).sub_(half).mul_(following).sum(1)
         worse = level > reached
         if bool(worse.any()):
-            following = torch.where(worse[:, None], value, following)
-            moved = torch.where(worse[:, None], product, moved)
-            level = torch.where(worse, reached, level)
+            following[worse], following_slope[worse], level[worse] = value[worse], slope[worse], reached[worse]
         grown = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
         reach = torch.where(worse, 1.0, 1 + (momentum - 1) / grown)[:, None]
-        ahead, slope = torch.lerp(value, following, reach), torch.lerp(product, moved, reach)
-        value, product, reached = following, moved, level
-        momentum = torch.where(worse, 1.0, grown)
+        torch.lerp(value, following, reach, out=ahead)
+        torch.lerp(slope, following_slope, reach, out=ahead_slope)
+        value, following, slope, following_slope = following, value, following_slope, slope
+        reached, momentum = level, torch.where(worse, 1.0, grown)
     return value
