@@ -106,7 +106,7 @@ MODULE_PAGES = {
     "train": Page(
         "Train: adapters, masks, optimizers",
         "What adapters share, and training that keeps zeros.",
-        tuple(Part(f"train/{name}") for name in ("adapter", "masking")),
+        tuple(Part(f"train/{name}") for name in ("adapter", "masking", "trainer")),
     ),
     "evaluate": Page(
         "Evaluate: perplexity, tasks, samples",

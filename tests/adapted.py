@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,11 +12,6 @@ from secateur.methods.registry import REGISTRY
 from secateur.models.linears import find_all_linears
 from secateur.train.adapter import AdapterConfig, AdapterLinear, adapted_linears
 
-# peft 0.21 asks transformers 5.23 for a property by its old name
-peft_words = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning",
-    "ignore:.*is_gradient_checkpointing.*:FutureWarning",
-)
 # what each registered adapter is built with on tiny models; a variant of one has a name of its own
 SETTINGS: dict[str, dict] = {
     "spp": {"r": 4, "dropout": 0.0},
@@ -53,12 +46,10 @@ def sparse_llama(seed: int = 0, mask_seed: int = 5, **settings) -> nn.Module:
 
 
 def adapt(model: nn.Module, config: AdapterConfig, name: str = "default"):
-    """Return the PEFT model, without the warnings that are not ours."""
+    """Return the PEFT model."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config, adapter_name=name)
+    return get_peft_model(model, config, adapter_name=name)
 
 
 def train(model: nn.Module, steps: int = 3, rate: float = 0.05, ids: Tensor | None = None) -> list[float]:

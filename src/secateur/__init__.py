@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secateur.methods.adapters.masked_lora import MaskedLoraConfig as MaskedLoraConfig
     from secateur.methods.adapters.pst import PstConfig as PstConfig
     from secateur.methods.adapters.spp import SppConfig as SppConfig
+    from secateur.methods.optimizers.cram import CrAM
     from secateur.methods.registry import methods, register_adapters
     from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NM",
+    "CrAM",
     "Recipe",
     "Unstructured",
     "__version__",
@@ -51,6 +53,7 @@ _ADAPTERS = {  # not in `__all__`, because they need an extra
 _HOMES = {
     "NM": "secateur.core.pattern",
     "Unstructured": "secateur.core.pattern",
+    "CrAM": "secateur.methods.optimizers.cram",
     "Recipe": "secateur.recipe.schema",
     "compare": "secateur.recipe.compare",
     "methods": "secateur.methods.registry",

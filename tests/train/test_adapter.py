@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from adapted import adapt, config_of, each_adapter, finish, one_layer, peft_words, sparse_llama, train, zeros_of
+from adapted import adapt, config_of, each_adapter, finish, one_layer, sparse_llama, train, zeros_of
 from conftest import TINY_TRAINED, random_ids
 from secateur.core.errors import InputError, RecipeError
 from secateur.methods.adapters.pst import PstSchedule
@@ -29,8 +29,6 @@ from secateur.train.adapter import (
     register,
     without_adapters,
 )
-
-pytestmark = peft_words
 
 
 def test_registering_twice_is_harmless_and_a_taken_name_is_refused():

@@ -137,6 +137,15 @@ REGISTRY = Registry(
             (),
             "learn masks and updates together, both low-rank",
         ),
+        Entry(
+            "cram",
+            "optimizer",
+            "secateur.methods.optimizers.cram:CrAM",
+            "Peste et al., ICLR 2023, arXiv 2207.14200",
+            ANY,
+            (),
+            "train a dense model that survives one-shot pruning, around any optimizer",
+        ),
     ]
 )
 

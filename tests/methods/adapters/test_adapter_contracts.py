@@ -17,7 +17,6 @@ from adapted import (
     each_adapter,
     finish,
     one_layer,
-    peft_words,
     prune_,
     shake,
     sparse_llama,
@@ -32,7 +31,6 @@ from secateur.models.blocks import find_blocks
 from secateur.models.experts import pack_experts_, unpack_experts_
 from secateur.train.adapter import AdapterConfig, adapted_linears
 
-pytestmark = peft_words
 KEEPS_ZEROS = ("spp", "masked_lora", "masked_lora dora")
 
 

@@ -7,13 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from adapted import adapt, config_of, one_layer, peft_words, sparse_llama, train, zeros_of
+from adapted import adapt, config_of, one_layer, sparse_llama, train, zeros_of
 from conftest import random_ids, random_llama
 from secateur.core.errors import RecipeError
 from secateur.methods.adapters.masked_lora import MaskedLoraConfig
 from secateur.train.adapter import adapted_linears
 
-pytestmark = peft_words
 both = pytest.mark.parametrize("kind", ["masked_lora", "masked_lora dora"])
 
 

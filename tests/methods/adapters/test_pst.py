@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from adapted import adapt, config_of, one_layer, peft_words, shake, sparse_llama
+from adapted import adapt, config_of, one_layer, shake, sparse_llama
 from conftest import random_ids, random_llama
 from secateur.core.errors import PatternError, RecipeError, StateError
 from secateur.core.mask import pack_bits
@@ -21,8 +21,6 @@ from secateur.core.pattern import NM, Unstructured, pruned_count
 from secateur.methods.adapters.pst import PstConfig, PstSchedule, advance_pst_, ramped_sparsity, unpacked
 from secateur.train.adapter import adapted_linears
 from strategies import seeds
-
-pytestmark = peft_words
 
 
 @given(rows=st.integers(1, 5), columns=st.integers(1, 19), seed=seeds)

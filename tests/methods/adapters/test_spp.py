@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 from reference import spp as published
 from torch.nn import functional as F
 
-from adapted import adapt, config_of, one_layer, peft_words, sparse_llama, train
+from adapted import adapt, config_of, one_layer, sparse_llama, train
 from conftest import random_llama
 from secateur.core.errors import RecipeError
 from secateur.core.pattern import NM
 from secateur.methods.adapters.spp import SppConfig, spp_multiplier
 from secateur.train.adapter import adapted_linears
 from strategies import seeds
-
-pytestmark = peft_words
 
 
 def draw(bands: int, rows: int, columns: int, seed: int):
