@@ -94,6 +94,7 @@ MODULE_PAGES = {
             for name in (
                 "sweep",
                 "shared",
+                "probe",
                 "lanes",
                 "statistics",
                 "stream",

@@ -51,6 +51,7 @@ ORDER: tuple[Option, ...] = (
     Option("fistapruner", None, False, None, "papers", "ahead of SparseGPT and Wanda (arXiv 2408.03728)"),
     Option("sds", None, False, None, "papers", "improves its base SparseGPT (arXiv 2408.10473)"),
     Option("mrp", None, False, None, "papers", "ahead of SparseGPT at N:M (arXiv 2410.15567)"),
+    Option("scope", None, False, None, "papers", "at most the layer loss of its refitted base, by construction"),
     Option("sparsegpt", None, True, None, "papers", "lower layer loss than SparseGPT alone on the same mask, exactly"),
     Option("sparsegpt", None, False, None, "measured", "perplexity 173 at 70 %, 69.8 at 2:4"),
     Option("dsnot", None, False, None, "measured", "perplexity 744 at 70 %"),
@@ -59,4 +60,4 @@ ORDER: tuple[Option, ...] = (
 )
 
 # from the cheapest solver to the dearest (floating-point operations of a layer, `docs/results.md`): the order of measuring
-BY_COST = ("magnitude", "wanda", "sparsegpt", "dsnot", "mrp", "sds", "alps", "fistapruner")
+BY_COST = ("magnitude", "wanda", "sparsegpt", "dsnot", "mrp", "sds", "scope", "alps", "fistapruner")

@@ -31,7 +31,7 @@ from secateur.engine.sweep import Sweep
 from secateur.methods.registry import REGISTRY
 from secateur.models.blocks import find_blocks
 from secateur.recipe.build import build_method
-from secateur.recipe.expected import BY_COST, ORDER, Option
+from secateur.recipe.expected import BY_COST, MEASURED, ORDER, Option
 from secateur.recipe.job import Job
 from secateur.recipe.report import write_text
 from secateur.recipe.schema import Recipe
@@ -354,7 +354,7 @@ def _reasons(
     option = chosen.option
     found = [
         f"{option.label}: the best that fits in {minutes:g} minutes, expected to take about {duration(expected)}",
-        f"its place in the order comes from {'our own results' if option.source == 'measured' else 'papers'}: {option.note}",
+        f"its place in the order comes from {MEASURED if option.source == 'measured' else 'papers'}: {option.note}",
     ]
     for choice in choices[: choices.index(chosen)]:
         needs = "" if choice.seconds is None else f", at least {duration(choice.seconds)}"
