@@ -59,6 +59,7 @@ MODULE_PAGES = {
         (
             Part("recipe/stages", ("load", "prune", "tune", "evaluate", "inspect", "export", "Result")),
             Part("recipe/compare", ("compare",)),
+            Part("recipe/suggest", ("suggest",)),
             Part("recipe/schema", ("Recipe",)),
             Part("core/pattern", ("NM", "Unstructured")),
             Part("methods/registry", ("methods",)),
@@ -93,6 +94,7 @@ MODULE_PAGES = {
             for name in (
                 "sweep",
                 "shared",
+                "probe",
                 "lanes",
                 "statistics",
                 "stream",

@@ -515,3 +515,76 @@ def test_mistakes_in_a_comparison_end_with_code_2(compared, capsys, words, messa
     assert cli.main(["compare", "m", *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert "call" not in compared
+
+
+SUGGESTED = {
+    "choices": [
+        {
+            "method": "wanda",
+            "refit": False,
+            "tuner": None,
+            "samples": 8,
+            "length": 64,
+            "seconds": 3.0,
+            "fits": True,
+            "why": "",
+        }
+    ],
+    "recipe": {"model": "m", "stages": [{"prune": {"method": "wanda"}}]},
+    "yaml": "# because\nmodel: m\n",
+    "output": "r.yaml",
+}
+
+
+@pytest.fixture
+def suggested(monkeypatch):
+    """Replaces `suggest` by a function that notes how it was called."""
+    from secateur.recipe import suggest as suggesting
+
+    noted = {}
+
+    def stage(*args, **kwargs):
+        noted["call"] = (args, kwargs)
+        return SUGGESTED
+
+    monkeypatch.setattr(suggesting, "suggest", stage)
+    return noted
+
+
+def test_a_suggestion_is_shown_with_its_reasons_or_as_one_object(suggested, capsys):
+    asked = ["suggest", "m", "--sparsity", "60%", "--minutes", "5", "--output", "r.yaml", "--seed", "3"]
+    assert cli.main(asked) == 0
+    args, kwargs = suggested["call"]
+    given = {name: value for name, value in kwargs.items() if value is not False and name != "progress"}
+    assert (args, given) == (("m",), {"pattern": "60%", "minutes": 5.0, "output": "r.yaml", "seed": 3})
+    shown = capsys.readouterr().out
+    assert "# because" in shown
+    assert "secateur run r.yaml" in shown
+    assert cli.main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SUGGESTED
+
+
+def test_a_suggestion_is_shown_before_it_is_run(suggested, capsys, monkeypatch):
+    from secateur.recipe import run as recipe_run
+
+    def run(recipe, output, **settings):
+        assert "# because" in capsys.readouterr().err
+        return {"stages": [], "recipe": recipe.model, "output": str(output)}
+
+    monkeypatch.setattr(recipe_run, "run", run)
+    assert cli.main(["suggest", "m", "--pattern", "2:4", "--minutes", "5", "--run", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["suggestion"] == SUGGESTED
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pattern 2:4", "`--minutes` is missing"),
+        ("--minutes 5", "`--pattern` is missing"),
+        ("--minutes 5 --pattern 170%", "between 0 and 1"),
+    ],
+)
+def test_mistakes_in_what_to_suggest_end_with_code_2(suggested, capsys, words, message):
+    assert cli.main(["suggest", "m", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert "call" not in suggested

@@ -67,6 +67,7 @@ def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
     from secateur.recipe import compare as comparing
     from secateur.recipe import run as recipe_run
     from secateur.recipe import stages
+    from secateur.recipe import suggest as suggesting
 
     def accept(name: str, original):
         def call(*args, **kwargs):
@@ -78,6 +79,7 @@ def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
     for name in ("prune", "tune", "evaluate", "inspect", "export"):
         monkeypatch.setattr(stages, name, accept(name, getattr(stages, name)))
     monkeypatch.setattr(comparing, "compare", accept("compare", comparing.compare))
+    monkeypatch.setattr(suggesting, "suggest", accept("suggest", suggesting.suggest))
     monkeypatch.setattr(recipe_run, "run", accept("run", recipe_run.run))
     monkeypatch.setattr(secateur.demo, "run", accept("demo", secateur.demo.run))
     monkeypatch.setattr(cli, "_show", lambda *result: None)

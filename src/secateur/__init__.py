@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
+    from secateur.recipe.suggest import suggest
 
 __all__ = [
     "NM",
@@ -36,6 +37,7 @@ __all__ = [
     "methods",
     "prune",
     "register_adapters",
+    "suggest",
     "tune",
 ]
 
@@ -56,6 +58,7 @@ _HOMES = {
     "CrAM": "secateur.methods.optimizers.cram",
     "Recipe": "secateur.recipe.schema",
     "compare": "secateur.recipe.compare",
+    "suggest": "secateur.recipe.suggest",
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",
     **_ADAPTERS,

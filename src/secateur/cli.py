@@ -20,7 +20,7 @@ import typer
 from secateur import options as o
 from secateur.core.errors import RecipeError
 from secateur.failures import exit_code, silence
-from secateur.printing import printable, show
+from secateur.printing import printable, printable_lines, show
 from secateur.stopping import stoppable
 
 # options that other tools and published code call so; underscores may stand for dashes anywhere
@@ -342,6 +342,59 @@ def compare(
     _show("compare", found, json)
     if found["failed"]:
         raise typer.Exit(ROWS_FAILED)
+
+
+@app.command()
+def suggest(
+    context: typer.Context,
+    model: o.Model,
+    pattern: o.Pattern = None,
+    minutes: o.Minutes = None,
+    calibration: o.SuggestedText = None,
+    perplexity: o.OnePerplexity = None,
+    field: o.Field = None,
+    skip_bad: o.SkipBad = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    output: o.RecipeFile = None,
+    overwrite: o.Overwrite = False,
+    run: o.RunFolder = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Choose method, tuner and calibration for so many minutes on this machine, as a recipe to keep."""
+    given = _begin(context)
+    for name in ("debug", "json", "run", "model"):
+        given.pop(name, None)
+    if minutes is None:
+        raise RecipeError("`--minutes` is missing", hint="say how long pruning may take, such as --minutes 5")
+    if pattern is None:
+        raise RecipeError(
+            "`--pattern` is missing", hint="say what to prune to, such as --sparsity 60% or --pattern 2:4"
+        )
+    from secateur.core.pattern import parse_pattern
+
+    parse_pattern(pattern)
+    with redirect_stdout(sys.stderr):
+        from secateur.recipe import suggest as suggesting
+        from secateur.terminal import progress
+
+        with progress(sys.stderr) as show:
+            found = suggesting.suggest(model, progress=show, **given)
+    _warn(found)
+    if run is None:
+        _show("suggest", found, json)
+        return
+    sys.stderr.write(f"{printable_lines(found['yaml'])}\n")
+    from secateur.recipe.schema import Recipe
+
+    with redirect_stdout(sys.stderr), progress(sys.stderr) as show:
+        report = Recipe.from_dict(found["recipe"]).run(run, overwrite=overwrite, progress=show)
+    _show("run", {**report, "suggestion": found} if json else report, json)
 
 
 @app.command()

@@ -214,6 +214,26 @@ MaxMinutes = Annotated[
 Strict = Annotated[bool, _option("--strict", help="Fail where something was not done as asked.", panel=_RUN)]
 DryRun = Annotated[bool, _option("--dry-run", help="Show what would be done and what it needs.", panel=_RUN)]
 
+Minutes = Annotated[
+    float | None, _option("--minutes", help="Time that the recipe may take.", panel=_RUN, metavar="M", least=0)
+]
+SuggestedText = Annotated[
+    str | None,
+    _option(
+        "--calibration",
+        help="A .txt, .jsonl or .parquet file, a Hub data set or builtin:NAME.",
+        panel=_TEXT,
+        metavar="TEXT",
+        default="builtin:wiki-calibration",
+    ),
+]
+OnePerplexity = Annotated[
+    str | None, _option("--perplexity", help="A text to measure the result on.", panel=_MEASURE, metavar="TEXT")
+]
+RecipeFile = Annotated[str | None, _option("--output", "-o", help="Recipe file to write.", panel=_OUT, metavar="FILE")]
+RunFolder = Annotated[
+    str | None, _option("--run", help="Show the recipe, then run it in this folder.", panel=_OUT, metavar="DIR")
+]
 Output = Annotated[str | None, _option("--output", "-o", help="Folder to write.", panel=_OUT, metavar="DIR")]
 Format = Annotated[
     str | None,

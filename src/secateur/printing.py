@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """Return `text` of several lines, each as `printable` gives it."""
+    return "\n".join(printable(line) for line in text.splitlines())
+
+
 def columns(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> list[str]:
     """Return a table as lines, columns aligned, those in `numeric` to the right."""
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -172,6 +177,21 @@ def _compare(found: Mapping[str, Any]) -> list[str]:
     return [*lines, "", *facts(outputs)]
 
 
+def _suggest(found: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for choice in found["choices"]:
+        words = choice["method"] + (" with refit" if choice["refit"] else "")
+        words += f" and {choice['tuner']}" if choice["tuner"] else ""
+        seconds = "-" if choice["seconds"] is None else duration(choice["seconds"])
+        rows.append((words, f"{choice['samples']} x {choice['length']}", seconds, choice["why"] or "fits"))
+    lines = columns(("option, best first", "calibration", "expected", "verdict"), rows, numeric=(1, 2))
+    lines += ["", printable_lines(found["yaml"])]
+    if found.get("output"):
+        command = f"secateur run {found['output']} --output DIR"
+        lines += ["", *facts([("recipe", str(found["output"])), ("to run it", command)])]
+    return lines
+
+
 def _plan(found: Mapping[str, Any]) -> str:
     from secateur.recipe.yaml_writer import to_yaml
 
@@ -197,4 +217,5 @@ _SHOWN = {
     "method": _method,
     "run": _run,
     "compare": _compare,
+    "suggest": _suggest,
 }
