@@ -85,18 +85,24 @@ class FISTAPruner:
         active = linear[linear != 0].abs()
         if not active.numel() or not bool(first.mask.any()):  # nothing to approximate, or nothing to choose
             return first
+        level = active.median()
         barred = metric.dead.expand_as(held) | held
         if problem.frozen is not None:
             barred = barred | problem.frozen
 
         def choose(value: Tensor) -> Tensor:
-            return problem.select(value.abs().masked_fill_(barred, -1.0), self.scope)
+            score, zero = value.abs(), value == 0
+            mask = problem.select(score.masked_fill(barred, -2.0), self.scope)
+            if bool((mask & zero).any()):  # more zeros than asked for: those return whose return lowers the loss most
+                slope = (value @ gram).sub_(linear).abs_() / level
+                score = torch.where(zero, -1 / (1 + slope), score)
+                mask = problem.select(score.masked_fill_(barred, -2.0), self.scope)
+            return mask
 
         mask = first.mask
         value = refit_iterative(target, gram, mask, first.weight * scale, DAMPING, START_STEPS, tolerance=0.0)
         best = quadratic_loss(value - target, gram), mask, value
         point = target if self.base is None and problem.start is None else value
-        level = active.median()
         failures = 0
         for fraction in np.geomspace(*LAMBDAS, self.lambdas).tolist():
             penalty = (
@@ -222,7 +228,7 @@ def fista(value: Tensor, gram: Tensor, linear: Tensor, penalty: Tensor, lipschit
     ahead, ahead_slope = value.clone(), slope.clone()  # the extrapolated point
     following, following_slope = torch.empty_like(value), torch.empty_like(value)
     cut, work = torch.empty_like(value), torch.empty_like(value)
-    momentum = torch.ones_like(reached)
+    momentum, noise = torch.ones_like(reached), 8 * torch.finfo(value.dtype).eps  # of a sum over a row
     for _ in range(steps):
         ahead.sub_(ahead_slope)
         torch.clamp(ahead, lower, upper, out=cut)
@@ -230,7 +236,7 @@ def fista(value: Tensor, gram: Tensor, linear: Tensor, penalty: Tensor, lipschit
         torch.mm(following, gram, out=following_slope).sub_(linear)
         # what was cut off is the threshold with the sign of what is left, so cut * following is the penalty
         level = torch.add(cut, following_slope, alpha=0.5, out=work).sub_(half).mul_(following).sum(1)
-        worse = level > reached
+        worse = level > reached + noise * reached.abs()
         if bool(worse.any()):
             following[worse], following_slope[worse], level[worse] = value[worse], slope[worse], reached[worse]
         grown = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
