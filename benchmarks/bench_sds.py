@@ -6,7 +6,7 @@ which relative layer loss both reach, and what each of our parts adds: the base 
 with the second pruning (refitted), the soft mask without a re-dense step, everything, and everything without exact
 solves before and after a refit.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_sds.py [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/bench_sds.py [--quick] [--pattern 70%] [--base wanda]
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from secateur.methods.pruners.wanda import Wanda
 GATE = 50.0
 # reading of the published step 3: does the mask move, and the rate of Adam that served it best
 READINGS = {"soft mask": (True, 1e-3), "fixed mask": (False, 3e-3)}
+
+BASES: dict[str, Pruner] = {"sparsegpt": SparseGPT(), "wanda": Wanda()}
 
 
 def problem_of(weight: Tensor, inputs: Tensor, pattern: str) -> LayerProblem:
@@ -125,15 +127,16 @@ def _reference(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a small layer and few epochs, to see that it runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--pattern", choices=("70%", "2:4"), help="one pattern alone")
+    parser.add_argument("--base", choices=tuple(BASES), help="one base pruner alone")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    if quick:
+    if given.quick:
         bench(96, 96, 2048, "2:4", SparseGPT(), 20, 2)
         return
-    for pattern in ("70%", "2:4"):
-        for base in (SparseGPT(), Wanda()):
-            bench(576, 576, 32 * 512, pattern, base, 200, 5)
-    bench(576, 1536, 32 * 512, "70%", SparseGPT(), 200, 3)
+    for pattern in (given.pattern,) if given.pattern else ("70%", "2:4"):
+        for base in (given.base,) if given.base else BASES:
+            bench(576, 576, 32 * 512, pattern, BASES[base], 200, 5)
 
 
 if __name__ == "__main__":
