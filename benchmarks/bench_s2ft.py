@@ -40,6 +40,7 @@ from secateur.methods.adapters.s2ft_exchange import s2ft_linears, switch_
 SEED = 0
 HIDDEN, CHANNELS, HEADS, GROUPS, VOCABULARY = 576, 1536, 9, 3, 512
 RANK = 16
+PAIR = ("one", "two")
 TARGETS = {
     "all linears": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "q, k, v, up, down": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
@@ -177,51 +178,55 @@ def bench_steps(blocks: int, repeats: int) -> None:
 
 def bench_switches(blocks: int, repeats: int) -> None:
     plain = make_model(blocks).eval().requires_grad_(False)
-    names = ("one", "two")
-    theirs = lora(copy.deepcopy(plain), TARGETS["all linears"], names).eval()
-    layers = [layer for layer in theirs.modules() if isinstance(layer, LoraLayer)]
+    theirs = lora(copy.deepcopy(plain), TARGETS["all linears"], PAIR).eval()
     untouched = base_weights(theirs)
-
-    def lora_switch(number: int) -> None:
-        for layer in layers:
-            if layer.merged_adapters:
-                layer.unmerge()
-            layer.merge(adapter_names=[names[number]])
-
     for case, columns in (("equal parameters", 282), ("32 columns a block", 32)):
-        ours = s2ft(copy.deepcopy(plain), columns, names).eval()
-        count = len(s2ft_linears(ours))
-        before = base_weights(ours)
-
-        def our_switch(number: int, ours: nn.Module = ours) -> None:
-            switch_(ours, names[number])
-
-        def line(other: str, reference: Callable[[int], None], **more: float) -> None:
-            times = compare(reference, our_switch, repeats=4 * repeats)
-            switch_(ours, "__base__")
-            exact = all(torch.equal(weight, before[name]) for name, weight in base_weights(ours).items())
-            own = {"microseconds_per_linear": round(1e3 * times.ours / count, 1), "linears": count}
-            report(
-                "s2ft switch", f"{case}, against {other}", times, quality={"bitwise_reversible": exact}, **own, **more
-            )
-
-        line("LoRA's unmerge and merge", lora_switch, lora_linears=len(layers))
-        with tempfile.TemporaryDirectory() as folder:
-            adapted = {f"{layer.name}.base_layer.weight" for layer in s2ft_linears(ours)}
-            for name in names:
-                switch_(ours, name)
-                weights = {key: value for key, value in ours.state_dict().items() if key.endswith(tuple(adapted))}
-                save_file(weights, Path(folder) / f"{name}.safetensors")
-            reloaded = copy.deepcopy(ours)
-
-            def reload(number: int, folder: str = folder, model: nn.Module = reloaded) -> None:
-                model.load_state_dict(load_file(Path(folder) / f"{names[number]}.safetensors"), strict=False)
-
-            line("reading the merged weights, files cached", reload)
-    for layer in layers:
+        bench_switch(case, s2ft(copy.deepcopy(plain), columns, PAIR).eval(), theirs, repeats)
+    for layer in lora_linears(theirs):
         layer.unmerge()
     drift = max(float((weight - untouched[name]).abs().max()) for name, weight in base_weights(theirs).items())
     print(f"LoRA's weights have drifted by up to {drift:.1e}", file=sys.stderr)
+
+
+def bench_switch(case: str, ours: PeftModel, theirs: PeftModel, repeats: int) -> None:
+    before, count = base_weights(ours), len(s2ft_linears(ours))
+
+    def lora_switch(number: int) -> None:
+        for layer in lora_linears(theirs):
+            if layer.merged_adapters:
+                layer.unmerge()
+            layer.merge(adapter_names=[PAIR[number]])
+
+    def line(other: str, reference: Callable[[int], None]) -> None:
+        times = compare(reference, lambda number: switch_(ours, PAIR[number]), repeats=4 * repeats)
+        switch_(ours, "__base__")
+        exact = all(torch.equal(weight, before[name]) for name, weight in base_weights(ours).items())
+        report(
+            "s2ft switch",
+            f"{case}, against {other}",
+            times,
+            quality={"bitwise_reversible": exact},
+            linears=count,
+            microseconds_per_linear=round(1e3 * times.ours / count, 1),
+        )
+
+    line("LoRA's unmerge and merge", lora_switch)
+    with tempfile.TemporaryDirectory() as folder:
+        adapted = tuple(f"{layer.name}.base_layer.weight" for layer in s2ft_linears(ours))
+        for name in PAIR:
+            switch_(ours, name)
+            weights = {key: value for key, value in ours.state_dict().items() if key.endswith(adapted)}
+            save_file(weights, Path(folder) / f"{name}.safetensors")
+        other = copy.deepcopy(ours)
+
+        def reload(number: int) -> None:
+            other.load_state_dict(load_file(Path(folder) / f"{PAIR[number]}.safetensors"), strict=False)
+
+        line("reading the merged weights, files cached", reload)
+
+
+def lora_linears(model: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
