@@ -65,7 +65,7 @@ class Sliced(torch.autograd.Function):
                     output.index_add_(1, index, flat @ own.T)
         ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
         ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index)
-        return output.reshape(*x.shape[:-1], -1)
+        return output.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
