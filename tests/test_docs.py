@@ -48,7 +48,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT asks by the old name
 @having("python")
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, trained_folder):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from adapted import peft_words
 from conftest import random_ids, random_llama
 from families import prepared
 from secateur.core.errors import InputError, NumericError, RecipeError
@@ -20,8 +19,6 @@ from secateur.methods.adapters.s2ft_exchange import export_lora, fuse_, s2ft_lin
 from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
-
-pytestmark = peft_words
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt2")
 IDS = random_ids(3, 12, 60)
