@@ -77,7 +77,7 @@ MODULE_PAGES = {
         "Models: blocks, linears, files",
         "One view of every decoder: its blocks, how they are called, their prunable matrices, and its files.",
         (
-            *(Part(f"models/{name}") for name in ("blocks", "calls", "linears", "experts")),
+            *(Part(f"models/{name}") for name in ("blocks", "calls", "linears", "layout", "experts")),
             *(Part(f"models/{name}") for name in ("files", "save", "publish", "builtin", "fingerprint")),
         ),
     ),
@@ -108,7 +108,11 @@ MODULE_PAGES = {
     "train": Page(
         "Train: adapters, masks, optimizers",
         "What adapters share, and training that keeps zeros.",
-        tuple(Part(f"train/{name}") for name in ("adapter", "masking", "trainer")),
+        (
+            *(Part(f"train/{name}") for name in ("adapter", "masking", "trainer")),
+            Part("methods/adapters/s2ft", ("chosen",)),
+            Part("methods/adapters/s2ft_exchange"),
+        ),
     ),
     "evaluate": Page(
         "Evaluate: perplexity, tasks, samples",

@@ -17,12 +17,15 @@ SETTINGS: dict[str, dict] = {
     "spp": {"r": 4, "dropout": 0.0},
     "masked_lora": {"r": 4},
     "masked_lora dora": {"r": 4, "use_dora": True},
+    "s2ft": {"o": 2, "down": 0.2},
     "pst": {"pattern": "60%", "r": 2, "importance_r": 2},
 }
 for _entry in REGISTRY:
     if _entry.kind == "adapter":
         SETTINGS.setdefault(_entry.name, {})
 each_adapter = pytest.mark.parametrize("kind", SETTINGS)
+# S2FT selects units over the whole model and takes its linears from there; the others adapt any linear that is named
+each_that_is_told = pytest.mark.parametrize("kind", [kind for kind in SETTINGS if kind != "s2ft"])
 
 
 def config_of(kind: str, **settings) -> AdapterConfig:
@@ -109,6 +112,8 @@ def one_layer(kind: str, rows: int = 8, columns: int = 12, dtype=torch.float64, 
 
     layer: AdapterLinear = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls(linear, "linear")
     layer._active_adapter = ["default"]
+    if kind == "s2ft":
+        config.lines = {"linear": (True, torch.arange(0, columns, 5))}
     layer.add_adapter("default", config)
     shake(layer)
     return layer, config

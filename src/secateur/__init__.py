@@ -50,6 +50,7 @@ _STAGES = "secateur.recipe.stages"
 _ADAPTERS = {  # not in `__all__`, because they need an extra
     "MaskedLoraConfig": "secateur.methods.adapters.masked_lora",
     "PstConfig": "secateur.methods.adapters.pst",
+    "S2ftConfig": "secateur.methods.adapters.s2ft",
     "SppConfig": "secateur.methods.adapters.spp",
 }
 _HOMES = {

@@ -129,6 +129,15 @@ REGISTRY = Registry(
             "low-rank updates, plain or DoRA, that reach the kept weights only",
         ),
         Entry(
+            "s2ft",
+            "adapter",
+            "secateur.methods.adapters.s2ft:S2ftConfig",
+            "Yang et al., NeurIPS 2024, arXiv 2412.06289",
+            "any, zeros are kept",
+            (),
+            "train a few heads and channels whole, and keep only their activations for backward",
+        ),
+        Entry(
             "pst",
             "adapter",
             "secateur.methods.adapters.pst:PstConfig",

@@ -15,6 +15,7 @@ from adapted import (
     adapt,
     config_of,
     each_adapter,
+    each_that_is_told,
     finish,
     one_layer,
     prune_,
@@ -207,7 +208,7 @@ def test_activation_checkpointing_and_bfloat16_autocast_train_alike(kind):
     assert rounded == pytest.approx(losses, rel=0.02)
 
 
-@each_adapter
+@each_that_is_told
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2", "gpt_neox"])
 def test_families_are_adapted_and_merged_by_default(kind, family):
     base = prune_(copy.deepcopy(prepared(family))).eval()
@@ -223,7 +224,7 @@ def test_families_are_adapted_and_merged_by_default(kind, family):
     assert not adapted_linears(merged)
 
 
-@each_adapter
+@each_that_is_told
 def test_packed_experts_are_named_and_unpacked_ones_adapted(kind):
     base = prune_(copy.deepcopy(prepared("mixtral"))).eval()
     with pytest.warns(UserWarning, match="experts of `model.layers.0.mlp.experts` and 2 more modules are packed"):
@@ -243,7 +244,7 @@ def test_packed_experts_are_named_and_unpacked_ones_adapted(kind):
     torch.testing.assert_close(logits(merged), tuned, rtol=1e-5, atol=1e-5)
 
 
-@each_adapter
+@each_that_is_told
 def test_a_tied_head_is_left_alone_and_refused_as_a_target(kind):
     base = sparse_llama(tie_word_embeddings=True)
     embedding = base.get_input_embeddings().weight.detach().clone()
@@ -314,7 +315,7 @@ def test_a_merge_that_is_not_finite_changes_no_weight(kind):
     assert not any(layer.merged for layer in adapted_linears(model))
 
 
-@each_adapter
+@each_that_is_told
 def test_a_merge_that_would_fill_zeros_is_refused(kind, monkeypatch):
     model = adapt(sparse_llama(), config_of(kind))
     finish(model)
@@ -328,7 +329,7 @@ def test_a_merge_that_would_fill_zeros_is_refused(kind, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@each_adapter
+@each_that_is_told
 def test_targets_that_cannot_be_adapted_are_refused_by_name(kind):
     with pytest.raises(InputError, match=r"`model.embed_tokens` is a Embedding"):
         adapt(sparse_llama(), config_of(kind, target_modules=["embed_tokens"]))
@@ -346,14 +347,14 @@ def test_targets_that_cannot_be_adapted_are_refused_by_name(kind):
         adapt(sparse_llama(), config_of(kind, target_modules=["q_prj"]))
 
 
-@each_adapter
+@each_that_is_told
 def test_an_unknown_architecture_asks_for_targets(kind):
     with pytest.raises(InputError, match="no list of blocks") as caught:
         adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), config_of(kind, task_type=None))
     assert "target_modules" in caught.value.hint
 
 
-@each_adapter
+@each_that_is_told
 def test_an_adapter_of_another_method_is_not_wrapped_twice(kind):
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -20,8 +20,6 @@ from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
-
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt2")
 IDS = random_ids(3, 12, 60)
 COUPLED = {"o": 1, "down": 0.1, "coupled": True}
@@ -610,6 +608,17 @@ def test_an_exhausted_exclusion_is_refused():
     taken = {"o": {0: [0, 1, 2, 3], 1: [0, 1, 2]}}
     with pytest.raises(RecipeError, match="asks for 4 of 8 units, and 1 are left"):
         get_peft_model(random_llama(), S2ftConfig(o=0.5, exclude_units=taken))
+
+
+def test_a_linear_with_an_adapter_of_another_method_is_refused():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base = inject_adapter_in_model(LoraConfig(r=2, target_modules=["down_proj"]), random_llama())
+    with (
+        pytest.warns(UserWarning, match="Already found a `peft_config`"),
+        pytest.raises(InputError, match="down_proj` has an adapter of another method"),
+    ):
+        inject_adapter_in_model(S2ftConfig(down=1), base, adapter_name="other")
 
 
 # --- sparsity ---

@@ -45,11 +45,13 @@ def switch_(model: nn.Module, adapter: str) -> None:
     names = [] if adapter == BASE else [adapter]
     layers = s2ft_linears(tuner)
     before = {layer: list(layer.merged_adapters) for layer in layers}
-    finite = [flag for flag in (layer.remerge_(names, check=False) for layer in layers) if flag is not None]
-    if finite and not torch.stack(finite).all():  # looked at once: each look would wait for the device
+    try:
+        for layer in layers:
+            layer.remerge_(names)
+    except NumericError:
         for layer, former in before.items():
             layer.remerge_(former)
-        raise NumericError(f"merging `{adapter}` would make weights NaN or infinite")
+        raise
     for layer in layers:
         layer._active_adapter = names
     tuner.active_adapter = adapter if names else []

@@ -65,7 +65,7 @@ class Sliced(torch.autograd.Function):
                     output.index_add_(1, index, flat @ own.T)
         ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
         ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index)
-        return output.reshape(*x.shape[:-1], -1)
+        return output.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -107,7 +107,7 @@ class S2ftLinear(AdapterLinear):
         self.columns = False
         self.secateur_s2ft_index = BufferDict()  # adapter -> int64 (k,), ascending
         self.secateur_s2ft_zeros = BufferDict()  # adapter -> bool (k, other side), what must stay zero; often nothing
-        self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former lines of what is merged
+        self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former values of what is merged
 
     def create_(self, adapter: str, config: Any, generator: torch.Generator) -> None:
         """Create a slice of zeros at the lines that the tuner has found for this linear."""
@@ -226,9 +226,8 @@ class S2ftLinear(AdapterLinear):
         weight = self.weight_view().detach()
         if self._overwritten is None:
             return weight
-        index, former = self._overwritten
         weight = weight.clone()
-        self.lines(weight).index_copy_(0, index, former)
+        weight.index_copy_(int(self.columns), *self._overwritten)
         return weight
 
     @torch.no_grad()
@@ -239,10 +238,8 @@ class S2ftLinear(AdapterLinear):
             NumericError: if a merged value is not finite.
         """
         weight = self.original_weight().clone()
-        index, _, merged, finite = self._merged_lines(self.lines(weight), adapters)
-        self._check_finite(finite, adapters)
-        self.lines(weight).index_copy_(0, index, merged)
-        return weight
+        index, _, merged = self._merged(weight, adapters)
+        return weight.index_copy_(int(self.columns), index, merged)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -264,56 +261,57 @@ class S2ftLinear(AdapterLinear):
         self.remerge_([])
 
     @torch.no_grad()
-    def remerge_(self, adapters: Sequence[str], *, check: bool = True) -> Tensor | None:
-        """Leave exactly `adapters` merged, whatever was merged before; only selected lines are written.
+    def remerge_(self, adapters: Sequence[str]) -> None:
+        """Leave exactly `adapters` merged, whatever was merged before; only selected rows or columns are written.
 
         Args:
             adapters: names; those that this linear does not have are passed over.
-            check: raise for values that are not finite; else return whether all are, to be looked at later.
 
         Raises:
             NumericError: if a merged value is not finite; the weight then has no adapter merged.
         """
-        lines = self.lines(self.weight_view().detach())
+        weight, dim = self.weight_view().detach(), int(self.columns)
         if self._overwritten is not None:
-            lines.index_copy_(0, *self._overwritten)
-            self._overwritten = None
-        self.merged_adapters = []
+            weight.index_copy_(dim, *self._overwritten)
+        self._overwritten, self.merged_adapters = None, []
         names = [name for name in adapters if self.has(name)]
-        if not names:
-            return None
-        index, former, merged, finite = self._merged_lines(lines, names)
-        if check:
-            self._check_finite(finite, names)
-        lines.index_copy_(0, index, merged)
-        self._overwritten, self.merged_adapters = (index, former), names
-        return finite
+        if names:
+            index, former, merged = self._merged(weight, names)
+            weight.index_copy_(dim, index, merged)
+            self._overwritten, self.merged_adapters = (index, former), names
 
-    def _merged_lines(self, lines: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return which lines change, what they were, what they become, and whether that is finite (a bool scalar).
+    def _merged(self, weight: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the index of the rows or columns that change, what they are, and what they become.
 
         Summed in float32 or wider and rounded once. Where zeros are kept, a weight that would become zero takes the
-        smallest number of its dtype, so that the zero pattern is the same to the last bit.
+        smallest number of its dtype, and zeros keep their sign, so that the zero pattern is the same to the last bit.
+
+        Args:
+            weight: `(out_features, in_features)` without any adapter merged.
+            adapters: names; this linear has them all.
+
+        Returns:
+            int64 `(k,)`, and twice a part of the weight, `(out_features, k)` or `(k, in_features)`.
+
+        Raises:
+            NumericError: if a merged value is not finite.
         """
         index, part = self._joined(adapters)
         if len(adapters) > 1:
             index, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
             part = part.new_zeros(len(index), part.shape[1]).index_add_(0, place, part)
-        former = lines.index_select(0, index)
-        merged = (former.to(torch.promote_types(former.dtype, part.dtype)) + part).to(former.dtype)
-        configs: list[Any] = [self.configs[adapter] for adapter in adapters]
-        if all(config.keep_sparsity for config in configs):
-            vanished = (merged == 0) & (former != 0)
-            merged = torch.where(
-                vanished, torch.full_like(former, smallest_kept(former.dtype)).copysign(former), merged
-            )
-            merged = torch.where(former == 0, former, merged)
-        return index, former, merged, torch.isfinite(merged).all()
-
-    def _check_finite(self, finite: Tensor, adapters: Sequence[str]) -> None:
-        if not finite:
+        former = weight.index_select(int(self.columns), index)
+        wide = former.to(torch.promote_types(former.dtype, part.dtype))
+        merged = (wide + (part.T if self.columns else part)).to(former.dtype)
+        if not torch.stack(torch.aminmax(merged)).isfinite().all():  # 15 times as fast as asking each value
             names = ", ".join(f"`{adapter}`" for adapter in adapters)
             raise NumericError(f"merging {names} into `{self.name}` would make some of its weights NaN or infinite")
+        configs: list[Any] = [self.configs[adapter] for adapter in adapters]
+        if all(config.keep_sparsity for config in configs) and merged.abs().amin() == 0:
+            vanished = (merged == 0) & (former != 0)
+            smallest = torch.full_like(former, smallest_kept(former.dtype)).copysign(former)
+            merged = torch.where(former == 0, former, torch.where(vanished, smallest, merged))
+        return index, former, merged
 
 
 def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
