@@ -144,10 +144,11 @@ def _methods(found: Mapping[str, Any]) -> list[str]:
 
 
 def _method(found: Mapping[str, Any]) -> list[str]:
+    missing = "none" if found["kind"] == "adapter" else "required"  # adapters can be built without any setting
     fields = [
         (
             f"  {name}",
-            method_words(value) if isinstance(value, Mapping) else "required" if value is None else str(value),
+            method_words(value) if isinstance(value, Mapping) else missing if value is None else str(value),
         )
         for name, value in found["fields"].items()
     ]

@@ -74,18 +74,11 @@ def describe(method: Any) -> dict[str, Any]:
 def fields_of(entry: Entry) -> dict[str, Any]:
     """Return the hyper-parameters of a method with their defaults as plain data; a required one has None."""
     cls = entry.load()
-    if entry.kind == "adapter":  # PEFT's own dataclasses
-        ours = {
-            name
-            for base in cls.__mro__
-            if base.__module__.startswith("secateur.")
-            for name in vars(base).get("__annotations__", ())
-        }
-        return {
-            field.name: _plain(None if field.default is dataclasses.MISSING else field.default)
-            for field in dataclasses.fields(cls)
-            if field.name in ours
-        }
+    if entry.kind == "adapter":  # PEFT's own dataclasses: the method's fields first, then those that all adapters share
+        ours = [base for base in cls.__mro__ if base.__module__.startswith("secateur.")]
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in cls.records}
+        names = [name for base in ours for name in vars(base).get("__annotations__", ()) if name in fields]
+        return {name: _plain(fields[name].default) for name in names}
     found = getattr(cls, "__pydantic_fields__", {})
     return {
         name: None if info.is_required() else _plain(info.get_default(call_default_factory=True))

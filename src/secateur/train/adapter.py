@@ -120,6 +120,9 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
     format_version: int = FORMAT
 
     method: ClassVar[str]
+    records: ClassVar[frozenset[str]] = frozenset(
+        {"target_parameters", "base_weights", "format_version"}
+    )  # not settings
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -393,3 +393,20 @@ def test_the_registry_line_leads_to_a_configuration(entry):
     cls = entry.load()
     assert issubclass(cls, AdapterConfig)
     assert cls().peft_type == f"secateur_{cls.method}"
+
+
+@pytest.mark.parametrize("entry", [entry for entry in REGISTRY if entry.kind == "adapter"], ids=lambda e: e.name)
+def test_its_settings_are_listed_with_the_methods_own_first(entry, capsys):
+    from secateur.cli import main
+    from secateur.recipe.build import fields_of
+
+    fields = fields_of(entry)
+    own = list(vars(entry.load())["__annotations__"])
+    assert next(iter(fields)) == own[0]
+    assert "target_modules" in fields
+    assert "base_weights" not in fields
+    assert entry.load()(**fields) == entry.load()()
+    assert main(["methods", entry.name]) == 0
+    shown = capsys.readouterr().out
+    assert "required" not in shown
+    assert all(name in shown for name in fields)
