@@ -77,10 +77,10 @@ def main() -> None:
     if quick:
         bench(64, 256, parse_pattern("50%"), 2, rate)
         return
-    for lambdas in (12, 2):
+    for lambdas in (16, 2):
         for text in ("50%", "70%", "2:4"):
             bench(576, 576, parse_pattern(text), lambdas, rate)
-    bench(576, 1536, parse_pattern("50%"), 12, rate)
+    bench(576, 1536, parse_pattern("50%"), 16, rate)
     bench(576, 1536, parse_pattern("50%"), 2, rate)
 
 

@@ -320,11 +320,11 @@ def test_the_path_ends_when_solutions_get_worse(monkeypatch):
     original = fistapruner.fista
     monkeypatch.setattr(fistapruner, "fista", lambda *given: calls.append(1) or original(*given))
     problem = problem_of(NM(2, 4))
-    patient = FISTAPruner(patience=12).prune(problem)
-    assert len(calls) == 12
+    patient = FISTAPruner(patience=16).prune(problem)
+    assert len(calls) == 16
     calls.clear()
     hasty = FISTAPruner(patience=2).prune(problem)
-    assert 2 <= len(calls) < 12
+    assert 2 <= len(calls) < 16
     assert problem.loss(hasty.weight) < 1.02 * problem.loss(patient.weight)
 
 

@@ -54,7 +54,7 @@ class FISTAPruner:
 
     base: Pruner | None = SparseGPT()
     steps: Annotated[int, Field(ge=1)] = 20
-    lambdas: Annotated[int, Field(ge=1)] = 12
+    lambdas: Annotated[int, Field(ge=1)] = 16
     patience: Annotated[int, Field(ge=1)] = 3
     reweighted: bool = True
     scaled: bool = True
