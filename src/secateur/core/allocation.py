@@ -145,6 +145,11 @@ class Budget:
             for linear in part
         }
 
+    def refuse_frozen(self) -> None:
+        """Raise PatternError if zeros that stay exceed the budget, before any work is done."""
+        low = sum(self.bounds(linear)[0] for linear in self.linears)
+        self.refuse_outside(low, self.size, 0.0, 1.0)
+
     def refuse_outside(self, low: int, high: int, least: float, most: float) -> None:
         """Raise PatternError unless between `low` and `high` zeros in all are as many as are wanted."""
         if low <= self.total <= high:
@@ -354,15 +359,12 @@ def _by_multiplier(options: Sequence[Sequence[tuple[int, float]]], total: int) -
     """Return a choice whose zeros are at most `total`, near it: the best for some price of a weight, then single steps."""
 
     def at(price: float) -> list[int]:
-        return [
-            min(range(len(part)), key=lambda i: (part[i][1] - price * part[i][0], part[i][0]))  # noqa: B023
-            for part in options
-        ]
+        return [min(range(len(part)), key=lambda i: (part[i][1] - price * part[i][0], part[i][0])) for part in options]
 
     def zeros(chosen: Sequence[int]) -> int:
         return sum(part[i][0] for part, i in zip(options, chosen, strict=True))
 
-    span = max(abs(cost) for part in options for _, cost in part) or 1.0
+    span = 2 * max(abs(cost) for part in options for _, cost in part) or 1.0
     low, high = -span, span  # prices in cost per weight; no option is worth more
     for _ in range(200):
         middle = (low + high) / 2
@@ -388,4 +390,4 @@ def _slope(start: tuple[int, float], stop: tuple[int, float]) -> float:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.6g}%"
+    return f"{100 * fraction:.4g}%"

@@ -155,6 +155,33 @@ REGISTRY = Registry(
             (),
             "train a dense model that survives one-shot pruning, around any optimizer",
         ),
+        Entry(
+            "owl",
+            "planner",
+            "secateur.methods.planners.owl:OWL",
+            "Yin et al., ICML 2024, arXiv 2310.05175",
+            ANY,
+            ("diag",),
+            "blocks with more outliers among their scores stay denser",
+        ),
+        Entry(
+            "mixed-sparsity",
+            "planner",
+            "secateur.methods.planners.mixed_sparsity:MixedSparsity",
+            "Shao et al., ICASSP 2024, arXiv 2310.09499",
+            ANY,
+            ("gradients",),
+            "what the loss is sensitive to stays denser, by the rank of Fisher or Hessian traces",
+        ),
+        Entry(
+            "loss-curves",
+            "planner",
+            "secateur.methods.planners.loss_curves:LossCurves",
+            "ours",
+            "unstructured, N:M with any mix of candidates",
+            ("gram", "diag", "gradients"),
+            "solve the budget exactly over measured curves of layer loss against sparsity",
+        ),
     ]
 )
 
