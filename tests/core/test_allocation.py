@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.core import allocation
@@ -15,6 +15,8 @@ from secateur.core.errors import PatternError
 from secateur.core.pattern import NM, Unstructured, pruned_count
 
 SHAPES = [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176)]
+
+unhurried = settings(deadline=None, max_examples=40)  # milliseconds are those of a busy machine
 
 
 def linears(blocks: int = 3, **frozen: int) -> tuple[Prunable, ...]:
@@ -29,6 +31,7 @@ def spent(budget: Budget, patterns) -> int:
     return sum(budget.zeros_of(linear, patterns[linear.name]) for linear in budget.linears)
 
 
+@unhurried
 @given(
     sparsity=st.floats(0, 1),
     wanted=st.lists(st.floats(-1, 1), min_size=21, max_size=21),
@@ -39,6 +42,7 @@ def test_a_layer_budget_is_met_to_the_last_weight(sparsity, wanted):
     assert spent(budget, patterns) == budget.total == pruned_count(sparsity, budget.size)
 
 
+@unhurried
 @given(
     sparsity=st.floats(0.05, 0.95),
     wanted=st.lists(st.floats(-0.3, 0.3), min_size=21, max_size=21),
@@ -110,6 +114,7 @@ def test_wishes_at_distances_of_the_rank_rule_are_met_for_equal_sizes():
         assert [1 - found[str(i)].sparsity for i in range(4)] == pytest.approx(densities, abs=1e-3)
 
 
+@unhurried
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
     wanted=st.lists(st.floats(-2, 2), min_size=6, max_size=6),
@@ -123,6 +128,7 @@ def test_levelling_meets_any_total_between_the_bounds(sizes, wanted, share):
     assert all(a - 1e-9 <= x <= b + 1e-9 for a, x, b in zip(low, found, high, strict=True))
 
 
+@unhurried
 @given(
     steps=st.lists(st.sampled_from([6, 10, 15, 4]), min_size=2, max_size=6),
     counts=st.lists(st.integers(2, 9), min_size=6, max_size=6),
@@ -147,6 +153,7 @@ def test_a_hull_keeps_the_lower_corners():
     assert hull([(0, 0.0), (1, 3.0), (2, 2.0), (4, 8.0)]) == [(0, 0.0), (2, 2.0), (4, 8.0)]
 
 
+@unhurried
 @given(st.data())
 def test_filling_is_the_optimum_of_convex_curves(data):
     curves = []
@@ -168,6 +175,7 @@ def test_filling_is_the_optimum_of_convex_curves(data):
     assert cost(found) == pytest.approx(best, abs=1e-9)
 
 
+@unhurried
 @given(st.data())
 def test_choosing_is_the_optimum_of_all_choices(data):
     options = data.draw(

@@ -182,6 +182,24 @@ REGISTRY = Registry(
             ("gram", "diag", "gradients"),
             "solve the budget exactly over measured curves of layer loss against sparsity",
         ),
+        Entry(
+            "unipts",
+            "planner",
+            "secateur.methods.planners.unipts:UniPTS",
+            "Xie et al., CVPR 2024, arXiv 2405.18810",
+            ANY,
+            ("gradients",),
+            "search the sparsities, then distil the dense model under masks that still move",
+        ),
+        Entry(
+            "drive",
+            "planner",
+            "secateur.methods.planners.drive:DRIVE",
+            "Saikumar & Varghese, arXiv 2404.03687",
+            ANY,
+            ("gradients",),
+            "masks by magnitude, sensitivity and gradient together, in many small rounds",
+        ),
     ]
 )
 
