@@ -70,7 +70,18 @@ MODULE_PAGES = {
         "What a method file needs to know. Tensors only: nothing here has heard of a model.",
         tuple(
             Part(f"core/{name}")
-            for name in ("problem", "pattern", "mask", "contracts", "method", "registry", "solve", "progress", "errors")
+            for name in (
+                "problem",
+                "pattern",
+                "mask",
+                "contracts",
+                "method",
+                "registry",
+                "solve",
+                "allocation",
+                "progress",
+                "errors",
+            )
         ),
     ),
     "models": Page(
@@ -95,6 +106,8 @@ MODULE_PAGES = {
                 "sweep",
                 "shared",
                 "probe",
+                "planning",
+                "backward",
                 "lanes",
                 "statistics",
                 "stream",

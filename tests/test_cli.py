@@ -82,9 +82,9 @@ def fails(monkeypatch, error):
 
 
 def test_options_reach_the_stage_by_the_names_of_the_recipe(call):
-    words = "prune m --method wanda --pattern 2:4 --calibration c.txt --samples 8 --length 64 --tuner ebft --seed 3"
+    words = "prune m --method wanda --pattern 2:4 --calibration c.txt --samples 8 --length 64 --tuner ebft --plan owl --seed 3"
     more = "--device cpu --dtype float32 --offload disk --resume --overwrite --output out --memory-limit 1GB --max-minutes 2"
-    assert cli.main([*words.split(), *more.split(), "--set", "tuner.epochs=10"]) == 0
+    assert cli.main([*words.split(), *more.split(), "--set", "tuner.epochs=10", "--set", "plan.spread=0.05"]) == 0
     args, kwargs = call["prune"]
     assert args == ("m",)
     kwargs.pop("progress")
@@ -94,6 +94,7 @@ def test_options_reach_the_stage_by_the_names_of_the_recipe(call):
         "calibration": "c.txt",
         "samples": 8,
         "length": 64,
+        "plan": {"name": "owl", "spread": 0.05},
         "tuner": {"name": "ebft", "epochs": 10},
         "seed": 3,
         "device": "cpu",

@@ -158,6 +158,8 @@ def test_every_method_of_the_shelf_has_its_citation():
 
     papers = (ROOT / "docs" / "papers.md").read_text()
     for entry in REGISTRY:
+        if entry.paper == "ours":
+            continue
         number = re.search(r"\d{4}\.\d{5}", entry.paper)
         assert number is not None
         assert number[0] in papers, entry.name

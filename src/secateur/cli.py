@@ -92,6 +92,7 @@ def prune(
     model: o.Model,
     method: o.Method = None,
     pattern: o.Pattern = None,
+    plan: o.Plan = None,
     tuner: o.Tuner = None,
     set: o.Set = None,
     refit: o.Refit = None,

@@ -38,6 +38,10 @@ Pattern = Annotated[
         default="50%",
     ),
 ]
+Plan = Annotated[
+    str | None,
+    _option("--plan", help="Planner that divides the sparsity among the linears.", panel=_METHOD, metavar="NAME"),
+]
 Tuner = Annotated[
     str | None,
     _option("--tuner", help="Block tuner that repairs each block after pruning.", panel=_METHOD, metavar="NAME"),

@@ -74,7 +74,8 @@ def _sweep(found: Mapping[str, Any]) -> list[str]:
             ("method", method_words(found.get("method"))),
             ("tuner", method_words(found.get("tuner")) if pruned else ""),
             ("pattern", str(found.get("pattern", "")) if pruned else ""),
-            ("sparsity", f"{percent(found.get('sparsity'))} of {len(layers)} linears"),
+            ("plan", method_words(found.get("plan")) if pruned else ""),
+            ("sparsity", f"{percent(found.get('sparsity'))} of {len(layers)} linears{_range(found)}"),
             ("layer loss", f"{number(sum(losses) / len(losses))} of the all-zero loss, mean" if losses else ""),
             (
                 "block error",
@@ -87,6 +88,12 @@ def _sweep(found: Mapping[str, Any]) -> list[str]:
             ("output", str(found.get("output") or "")),
         ]
     )
+
+
+def _range(found: Mapping[str, Any]) -> str:
+    """Return the least and the largest sparsity of the linears of a planned run."""
+    values = [layer["sparsity"] for layer in found.get("layers", [])]
+    return f", {percent(min(values))} to {percent(max(values))}" if values and found.get("plan") else ""
 
 
 def _evaluate(found: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from secateur.core.errors import RecipeError
 from secateur.methods.registry import REGISTRY
 from secateur.recipe.build import build_method, describe, fields_of
 
-ENTRIES = [entry for entry in REGISTRY if entry.kind in ("pruner", "block tuner")]
+ENTRIES = [entry for entry in REGISTRY if entry.kind in ("pruner", "block tuner", "planner")]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

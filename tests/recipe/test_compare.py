@@ -394,3 +394,20 @@ def test_settings_of_one_method_reach_that_method_alone():
 def test_settings_of_no_method_are_refused(settings, words):
     with pytest.raises(RecipeError, match=words):
         Comparison.from_dict({"model": "m", "methods": ["wanda", "sparsegpt"], "perplexity": ["t"]}, settings=settings)
+
+
+@pytest.mark.parametrize("statistics", ["own", "shared"])
+def test_plans_are_rows_of_their_own(statistics, small, tmp_path):
+    settings = {"methods": ["wanda", "sparsegpt"], "pattern": ["60%"], "statistics": statistics}
+    report = table(small, tmp_path / "table", plan=["uniform", {"name": "owl", "spread": 0.05}], **settings)
+    assert report["failed"] == 0
+    rows = [row for row in report["rows"] if row["method"] != "dense"]
+    assert [(row["method"], row["plan"]) for row in rows] == [
+        (method, plan) for plan in ("uniform", "owl") for method in ("wanda", "sparsegpt")
+    ]
+    for uniform, planned in zip(rows[:2], rows[2:], strict=True):
+        assert planned["sparsity"] == pytest.approx(uniform["sparsity"], abs=0.01)
+        assert planned["perplexity"] != uniform["perplexity"]
+    if statistics == "own":
+        made = secateur.prune(small, method="wanda", pattern="60%", plan={"name": "owl", "spread": 0.05}, **CALIBRATION)
+        assert made.report["sparsity"] == rows[2]["sparsity"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.allocation import Budget
 from secateur.core.mask import Masks
 from secateur.core.pattern import Pattern
 from secateur.core.problem import LayerProblem, Pruned
+from secateur.core.progress import Progress, Silent
 
 Statistic = Literal["gram", "diag", "mean"]
 
@@ -105,23 +107,64 @@ class BlockTuner(Protocol):
     def tune(self, task: BlockTask) -> Tuned: ...
 
 
+@dataclass
+class PlanTask:
+    """A model whose sparsity is to be divided among its linears.
+
+    Attributes:
+        model: a causal language model in evaluation mode, on the device where it runs; a planner leaves it as it was.
+        budget: the linears that are planned, in the order of the model, and what they may lose together.
+        batches: calibration tokens int64 `(batch, length)`, each with bool `(batch, length)` that is False on padding
+            or None; small enough for a backward pass.
+        problems: `problems(statistics)` yields `(linear name, its layer problem)` in the order of the model, each with
+            the dense weight, the pattern it would get without a plan and the named statistics of the dense model.
+        freeze_zeros: zeros of the model stay zero and count in the budget.
+        generator: CPU generator, the only randomness a planner may use.
+        progress: shown every step.
+    """
+
+    model: nn.Module
+    budget: Budget
+    batches: Sequence[tuple[Tensor, Tensor | None]]
+    problems: Callable[[Collection[Statistic]], Iterator[tuple[str, LayerProblem]]]
+    freeze_zeros: bool
+    generator: torch.Generator
+    progress: Progress = field(default_factory=Silent)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a planner decided; any part may be empty.
 
     Attributes:
         patterns: `{linear name: Pattern}`.
-        masks: masks chosen outright.
+        masks: masks chosen outright; they fit `patterns`, and whatever pruner follows keeps to them.
+        weights: `{linear name: (out_features, in_features)}`, weights that take the place of the model's.
         keep: `{axis name: bool (count,)}`, the units that stay.
+        scores: what the decision was made by, `{block or linear name: number}`, for the report.
+        notes: what did not go as planned, for the user.
     """
 
     patterns: dict[str, Pattern] = field(default_factory=dict)
     masks: Masks | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
     keep: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
 class Planner(Protocol):
-    """Whole model in, a plan out: which pattern for which linear, which masks, or which units to keep."""
+    """Whole model in, a plan out: which pattern for which linear, which masks and weights, or which units to keep.
 
-    def plan(self, model: nn.Module, batches: Iterable[Any], budget: float, generator: torch.Generator) -> Plan: ...
+    `copies` is how many float32 copies of the planned weights it holds beside the model, and `backward` whether it runs
+    the whole model with gradients; both are read to state the memory beforehand.
+    """
+
+    @property
+    def copies(self) -> int: ...
+
+    @property
+    def backward(self) -> bool: ...
+
+    def plan(self, task: PlanTask) -> Plan: ...

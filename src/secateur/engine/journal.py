@@ -155,6 +155,7 @@ class Journal:
                 *self.folder.glob("block-*"),
                 *self.folder.glob("hidden-*"),
                 *self.folder.glob("journal*"),
+                *self.folder.glob("plan.*"),
             ]:
                 leftover.unlink()
             _write_atomically(

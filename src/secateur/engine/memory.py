@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from secateur.core.contracts import BlockTuner
+from secateur.core.contracts import BlockTuner, Planner
 from secateur.core.errors import ResourceError
 from secateur.engine.sweep import Sweep
 from secateur.models.blocks import Blocks
@@ -16,6 +16,7 @@ from secateur.models.linears import find_linears
 
 SOLVER_COPIES = 6  # float32 matrices of a linear's size alive while it is solved: target, result, score, errors, masks
 LIBRARY = 32 << 20  # buffers of the matrix library and the allocator's own slack, bytes
+PLANNING_TOKENS = 2048  # tokens of one backward pass through the whole model
 GRAM_COPIES = 4  # sums, means, damped copy with its factor, inverse factor
 
 
@@ -125,6 +126,29 @@ def tuning_bytes(tuner: BlockTuner, parameters: int, tokens: int, hidden: int, w
     """
     copies = 4 + int(getattr(tuner, "weight_copies", 0))
     return (4 * copies + 1) * parameters + tokens * (16 * hidden + 8 * wide) * 4
+
+
+def with_planning(
+    plan: MemoryPlan, planner: Planner, blocks: Blocks, length: int, hidden: int, vocabulary: int
+) -> MemoryPlan:
+    """Return `plan` with what a planner needs beyond it; the two never work at the same time.
+
+    Args:
+        plan: that of the sweep.
+        planner: what runs before it.
+        blocks: the model's blocks.
+        length: tokens of a sample.
+        hidden: width of the hidden states.
+        vocabulary: tokens that the model knows.
+    """
+    parameters = sum(parameter.numel() for block in blocks.modules for parameter in block.parameters())
+    need = 4 * planner.copies * parameters
+    if planner.backward:
+        tokens = max(PLANNING_TOKENS, length)
+        wide = max((max(p.shape) for block in blocks.modules[:1] for p in block.parameters()), default=hidden)
+        need += 4 * tokens * (len(blocks.modules) * (16 * hidden + 8 * min(wide, 8 * hidden)) + 4 * vocabulary)
+    more = max(0, need - sum(plan.device.values()))
+    return replace(plan, device={**plan.device, "planning": more}) if more else plan
 
 
 def available_memory() -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.contracts import BlockTuner, Pruner, Scoring
 from secateur.core.errors import PatternError
+from secateur.core.mask import Masks
 from secateur.core.pattern import Pattern
 from secateur.core.problem import LayerProblem
 from secateur.core.progress import Progress, Silent
@@ -36,6 +37,7 @@ class Sweep:
 
     Attributes:
         patterns: `{linear name: Pattern}`; linears without one are left dense.
+        masks: masks chosen beforehand, which fit `patterns`; the pruner may only change the weights they keep.
         pruner: None keeps the zeros that are there (tuning only).
         tuner: tunes each block after its linears are pruned.
         sequential: a linear sees inputs from the already pruned linears before it in its block; False takes the
@@ -71,6 +73,7 @@ class Sweep:
     nonfinite: Nonfinite = "error"
     fallback: Fallback = "error"
     deadline: float | None = None
+    masks: Masks | None = None
 
     def run(
         self,
@@ -126,4 +129,21 @@ class Sweep:
                         self.pruner.score(LayerProblem(linear.read().float(), self.patterns[linear.name])),
                     )
             return
-        yield from Traversal(self, model, ids, keep, None, None, progress or Silent()).scores(self.pruner)
+        pruner = self.pruner
+        for name, problem in self.problems(model, ids, keep, progress=progress):
+            yield name, pruner.score(problem)
+
+    def problems(
+        self, model: nn.Module, ids: Tensor, keep: Tensor | None = None, *, progress: Progress | None = None
+    ) -> Iterator[tuple[str, LayerProblem]]:
+        """Yield `(linear name, layer problem)` of every linear in `patterns`, on dense inputs, in the model's order.
+
+        Each problem holds the statistics that the pruner needs; nothing is changed.
+
+        Args:
+            model: a causal language model.
+            ids: int64 `(samples, length)`.
+            keep: bool `(samples, length)`, False on padding.
+            progress: told about every block.
+        """
+        yield from Traversal(self, model, ids, keep, None, None, progress or Silent()).problems()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Scoring, Tuned
+from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Tuned
 from secateur.core.errors import (
     InputError,
     NumericError,
@@ -134,8 +134,8 @@ class Traversal:
         self.report.warnings += self.mishaps.warnings
         return self.report
 
-    def scores(self, pruner: Scoring) -> Iterator[tuple[str, Tensor]]:
-        """Yield the scores of all linears in the dense model, block by block."""
+    def problems(self) -> Iterator[tuple[str, LayerProblem]]:
+        """Yield the problems of all linears in the dense model, block by block."""
         self.batches.embed(self.progress)
         with step(self.progress, "scoring", len(self.blocks.names)) as number:
             for index in range(len(self.blocks.names)):
@@ -143,7 +143,7 @@ class Traversal:
                     work = self.work(index)
                     chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
                     for linear, group in at_once(self.batches, work, chosen, self.wanted()):
-                        yield linear.name, pruner.score(self.problem(linear, group))
+                        yield linear.name, self.problem(linear, group)
                     self.batches.sparse = self.batches.forward(work, self.batches.sparse)
                 self.release(index)
                 self.progress.advance(number, 1)
@@ -331,10 +331,17 @@ class Traversal:
             gram=statistics.get("gram"),
             diag=statistics.get("diag"),
             mean=statistics.get("mean"),
-            frozen=(dense == 0) if self.settings.freeze_zeros else None,
+            frozen=self.frozen(linear, dense),
             dense=dense if target is not dense else None,
             shared=group.shared,
         )
+
+    def frozen(self, linear: LinearView, dense: Tensor) -> Tensor | None:
+        """Return what must be zero in the weight of `linear`, or None if that is up to the pruner."""
+        masks = self.settings.masks
+        if masks is not None and linear.name in masks:
+            return ~masks[linear.name].to(dense.device)
+        return (dense == 0) if self.settings.freeze_zeros else None
 
     def tune(
         self, tuner: BlockTuner, work: WorkingBlock, masks: Masks, targets: Activations, tell: Callable[[float], None]

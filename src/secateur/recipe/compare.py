@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from secateur.engine.activations import Offload
 from secateur.engine.budget import assign, divide, divides_model
 from secateur.engine.journal import Journal
 from secateur.engine.memory import forget_peak, peak_memory, plan_memory
+from secateur.engine.planning import planning_of
 from secateur.engine.shared import Case, shared_sweep, solve_together
 from secateur.engine.stream import compute_dtype, return_free_memory, write_back_
 from secateur.engine.sweep import Fallback, Nonfinite, Sweep
@@ -145,7 +145,7 @@ def compare(
         )
     pruners = [build_method(spec, "pruner", where="methods") for spec in _several(methods)]
     tuners = [_built(spec, NO_TUNER, "block tuner", "tuner") for spec in _several(tuner)]
-    planners = [_planner(spec) for spec in _several(plan)]
+    planners = [_built(spec, UNIFORM, "planner", "plan") for spec in _several(plan)]
     patterns = [str(parse_pattern(text)) for text in _several(pattern)]
     if statistics not in ("own", "shared"):
         raise RecipeError(f"`statistics` is `{statistics}`, but must be `own` or `shared`")
@@ -449,14 +449,23 @@ class _Solved:
     def case(self, row: Row, model: nn.Module, ids: Tensor, keep: Tensor | None, sweep: Sweep) -> Case:
         """Return how one row is to be solved: every linear's pattern, and where its blocks go."""
         given = self.run.given
-        if row.plan is not None:
-            raise _no_plans()
         patterns = assign(model, str(row.pattern), given["overrides"], given["ignore"])
         if divides_model(patterns.values()):
             scoring = Sweep(**{**vars(sweep), "patterns": patterns, "pruner": row.method, "sequential": False})
             patterns = divide(patterns, lambda: scoring.scores(model, ids, keep, progress=self.run.show))
         journal = Journal(self.folder.state(self.settings(row)), {"row": self.settings(row)}, resume=True)
         self.journals.callback(journal.close, remove=False)
+        if row.plan is not None:
+            general = parse_pattern(str(row.pattern))
+            planning = planning_of(row.plan, model, patterns, general, list(given["overrides"] or ()))
+            planned = Sweep(**{**vars(sweep), "patterns": patterns, "pruner": row.method})
+            plan = planning.run(planned, model, ids, keep, folder=journal.folder, progress=self.run.show)
+            if plan.masks is not None or plan.weights:
+                raise RecipeError(
+                    "a plan that chooses masks or weights cannot share its statistics with other rows",
+                    hint="use --statistics own",
+                )
+            patterns = {**patterns, **plan.patterns}
         return Case(row.method, patterns, journal)
 
     def fail(self, key: str, error: Exception) -> None:
@@ -563,15 +572,3 @@ def _refuse_unshared(error_correction: bool, include: Sequence[str], nonfinite: 
 
 def _built(spec: Any, nothing: str, kind: Any, where: str) -> Any:
     return None if spec is None or spec == nothing else build_method(spec, kind, where=where)
-
-
-def _planner(spec: Any) -> Any:
-    if spec is None or spec == UNIFORM:
-        return None
-    if "plan" not in inspect.signature(stages.prune).parameters:
-        raise _no_plans()
-    return build_method(spec, "planner", where="plan")
-
-
-def _no_plans() -> RecipeError:
-    return RecipeError("`plan` must be `uniform`: this version has no planners that prune could follow")

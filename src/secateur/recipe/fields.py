@@ -84,6 +84,7 @@ PatternText = Annotated[str, BeforeValidator(_pattern)]
 Override = Annotated[str, BeforeValidator(_override)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 PrunerSpec = Annotated[str | dict[str, Any], _named("pruner", "sparsegpt")]
+PlanSpec = Annotated[str | dict[str, Any], _named("planner")]
 TunerSpec = Annotated[str | dict[str, Any], _named("block tuner")]
 TuningSpec = Annotated[str | dict[str, Any], _named("block tuner", "ebft")]
 

@@ -22,7 +22,8 @@ from secateur.data.calibration import Calibration, from_ids, from_texts, sample
 from secateur.data.text import load_text
 from secateur.engine.budget import divide, divides_model
 from secateur.engine.journal import Journal
-from secateur.engine.memory import peak_memory, plan_memory
+from secateur.engine.memory import peak_memory, plan_memory, with_planning
+from secateur.engine.planning import Planning, apply_plan, summary
 from secateur.engine.reports import BlockReport, SweepReport
 from secateur.engine.stream import compute_dtype
 from secateur.engine.sweep import Sweep
@@ -62,6 +63,7 @@ class Job:
             raise RecipeError("`state` is for runs without an `output`, beside which the state lies otherwise")
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.side: dict[str, Any] | None = None
+        self.planned: dict[str, Any] | None = None
         if isinstance(model, nn.Module):
             self.source: Source | None = None
             self.spec = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -150,12 +152,23 @@ class Job:
             return sample(text, words, **choice)
         return from_texts(list(given), words, **choice)
 
-    def run(self, sweep: Sweep, data: Calibration, settings: dict[str, Any], teacher: nn.Module | None) -> Result:
-        """Sweep, publish, report."""
+    def run(
+        self,
+        sweep: Sweep,
+        data: Calibration,
+        settings: dict[str, Any],
+        teacher: nn.Module | None,
+        planning: Planning | None = None,
+    ) -> Result:
+        """Plan, sweep, publish, report."""
         options = self.options
         blocks = find_blocks(self.model)
         dtype = compute_dtype(self.model, self.device)
         plan = plan_memory(blocks, sweep, data.samples, data.length, self.config().hidden_size, dtype)
+        if planning is not None:
+            planning.budget(sweep, self.model).refuse_frozen()
+            width, words = self.config().hidden_size, self.config().vocab_size
+            plan = with_planning(plan, planning.planner, blocks, data.length, width, words)
         report: dict[str, Any] = {
             "stage": self.stage,
             "model": self.spec,
@@ -199,9 +212,10 @@ class Job:
         if output is not None and options["resume"] and (finished := self._finished(output, identity)):
             return Result(finished.model, {**report, **self._as_found(finished, output)})
         if output is None and options.get("state") is None:
+            sweep, teacher = self._planned(planning, sweep, data, teacher, None)
             done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, progress=self.progress)
         else:
-            done = self._run_with_journal(sweep, data, identity, teacher, output)
+            done = self._run_with_journal(planning, sweep, data, identity, teacher, output)
         self.warnings += [*data.notes, *done.warnings]
         layers = [
             {**asdict(layer), "shape": list(layer.shape), "notes": list(layer.notes)}
@@ -212,14 +226,34 @@ class Job:
             "sparsity": done.sparsity,
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory(self.device),
+            **({"planned": self.planned} if self.planned is not None else {}),
             "layers": layers,
             "blocks": [_block_line(block) for block in done.blocks],
             "warnings": self.warnings,
         }
         return Result(self.model, report)
 
+    def _planned(
+        self, planning: Planning | None, sweep: Sweep, data: Calibration, teacher: nn.Module | None, folder: Path | None
+    ) -> tuple[Sweep, nn.Module | None]:
+        """Return the sweep as it was planned, and the teacher of its tuner where the plan changes the model's weights."""
+        if planning is None:
+            return sweep, teacher
+        plan = planning.run(sweep, self.model, data.ids, data.keep, folder=folder, progress=self.progress)
+        self.planned = summary(plan, planning.budget(sweep, self.model))
+        self.warnings += plan.notes
+        if plan.weights and teacher is None and (sweep.tuner is not None or sweep.error_correction):
+            teacher = copy.deepcopy(self.model)  # targets are those of the model as it was given
+        return apply_plan(plan, sweep, self.model), teacher
+
     def _run_with_journal(
-        self, sweep: Sweep, data: Calibration, identity: dict[str, Any], teacher: nn.Module | None, output: Path | None
+        self,
+        planning: Planning | None,
+        sweep: Sweep,
+        data: Calibration,
+        identity: dict[str, Any],
+        teacher: nn.Module | None,
+        output: Path | None,
     ) -> SweepReport:
         """Sweep with every finished block safe on disk; publish the model if there is an `output`."""
         options = self.options
@@ -228,6 +262,7 @@ class Job:
             forget(state)
         journal = Journal(state, identity, resume=options["resume"])
         try:
+            sweep, teacher = self._planned(planning, sweep, data, teacher, state)
             done = sweep.run(self.model, data.ids, data.keep, teacher=teacher, journal=journal, progress=self.progress)
             if options["strict"] and done.warnings:
                 raise StateError(
@@ -284,7 +319,9 @@ class Job:
             for linear in find_all_linears(finished.model)
             if (weight := (_read_side(output) or {}).get("weights", {}).get(linear.name))
         ]
+        planned = (_read_side(output) or {}).get("planned")
         return {
+            **({"planned": planned} if planned is not None else {}),
             "sparsity": sparsity(finished.model),
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory(self.device),
@@ -310,6 +347,7 @@ class Job:
             "run": _digest_of(identity),
             "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
             "versions": identity["versions"],
+            **({"planned": self.planned} if self.planned is not None else {}),
             "weights": weights,
         }
 

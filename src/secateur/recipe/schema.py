@@ -35,6 +35,7 @@ from secateur.recipe.fields import (
     Offload,
     Override,
     PatternText,
+    PlanSpec,
     PrunerSpec,
     Revision,
     Samples,
@@ -93,6 +94,7 @@ class Prune(Calibrated):
 
     method: PrunerSpec = "sparsegpt"
     pattern: PatternText = Field("50%", validation_alias=also("pattern"))
+    plan: PlanSpec | None = None
     tuner: TunerSpec | None = None
     refit: Flag = False
     sequential: Flag = True
@@ -184,7 +186,7 @@ class Stage(_Model):
 STAGES: dict[str, type[_Model]] = {"prune": Prune, "tune": Tune, "evaluate": Evaluate, "export": Export}
 # which arguments of a stage are methods, and of which kind
 METHODS: dict[str, dict[str, Kind]] = {
-    "prune": {"method": "pruner", "tuner": "block tuner"},
+    "prune": {"method": "pruner", "plan": "planner", "tuner": "block tuner"},
     "tune": {"method": "block tuner"},
     "evaluate": {},
     "export": {},

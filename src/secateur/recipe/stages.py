@@ -23,6 +23,7 @@ from secateur.data.text import load_text, tokenise
 from secateur.engine.activations import Offload
 from secateur.engine.budget import assign
 from secateur.engine.memory import peak_memory
+from secateur.engine.planning import planning_of
 from secateur.engine.sweep import Fallback, Nonfinite, Sweep
 from secateur.export import bitmask
 from secateur.export.summary import inspect as summarise
@@ -45,6 +46,7 @@ def prune(
     *,
     method: Method = "sparsegpt",
     pattern: str | float | Pattern = "50%",
+    plan: Method | None = None,
     calibration: CalibrationData | None = None,
     samples: int = 128,
     length: int = 2048,
@@ -87,6 +89,8 @@ def prune(
         tokenizer: the tokenizer of a live model; not needed where `calibration` is token ids.
         method: a pruner: its name, `{"name": ..., field: value}`, or an object such as `SparseGPT(damping=0.1)`.
         pattern: `70%`, `0.7`, `2:4` (2 of 4 kept), `70% row`, `70% layer`, `70% model`.
+        plan: a planner, e.g. `owl`, that gives each linear its own sparsity, or its own N:M, within the budget that
+            `pattern` means for all of them together; linears with an override keep that.
         calibration: a text (file, Hub data set, `builtin:` name), a list of texts, or int64 ids `(samples, length)`.
             May be None for methods that need no data.
         samples: calibration samples taken from a text.
@@ -134,12 +138,15 @@ def prune(
     """
     pruner = build_method(method, "pruner")
     assert isinstance(pruner, Pruner)
+    planner = None if plan is None else build_method(plan, "planner", where="plan")
     tuning = _tuner(tuner)
     general = parse_pattern(pattern)
     refuse_existing(output, resume, overwrite)
     job = Job("prune", model, tokenizer, None, locals())
     patterns = assign(job.model, general, overrides, ignore, include)
-    data = job.calibration(needed=bool(pruner.needs) or tuning is not None or refit or error_correction)
+    planning = None if planner is None else planning_of(planner, job.model, patterns, general, list(overrides or ()))
+    looks = bool(pruner.needs) or tuning is not None or planner is not None or refit or error_correction
+    data = job.calibration(needed=looks)
     sweep = Sweep(
         patterns=patterns,
         pruner=pruner,
@@ -161,6 +168,7 @@ def prune(
     settings = {
         "method": describe(pruner),
         "pattern": str(general),
+        "plan": describe(planner) if planner is not None else None,
         "tuner": describe(tuning) if tuning is not None else None,
         "refit": refit,
         "sequential": sequential,
@@ -173,7 +181,7 @@ def prune(
         "fallback": fallback,
         "overrides": {name: None if wanted is None else str(wanted) for name, wanted in (overrides or {}).items()},
     }
-    return job.run(sweep, data, settings, None)
+    return job.run(sweep, data, settings, None, planning)
 
 
 def tune(
