@@ -106,7 +106,7 @@ def test_the_problem_is_left_as_it_was(pruner, pattern):
 
 
 @each_pruner
-@pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "row"), NM(4, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "row"), NM(4, 4), NM(1, 1)], ids=str)
 def test_without_sparsity_nothing_changes(pruner, pattern):
     problem = problem_of(pattern)
     pruned = pruner.prune(problem)
@@ -115,7 +115,7 @@ def test_without_sparsity_nothing_changes(pruner, pattern):
 
 
 @each_pruner
-@pytest.mark.parametrize("pattern", [Unstructured(1.0), Unstructured(1.0, "row"), NM(0, 5)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(1.0), Unstructured(1.0, "row"), NM(0, 5), NM(0, 1)], ids=str)
 def test_full_sparsity_leaves_zeros(pruner, pattern):
     pruned = pruner.prune(problem_of(pattern))
     assert not pruned.mask.any()

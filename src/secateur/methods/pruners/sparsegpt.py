@@ -75,7 +75,8 @@ class SparseGPT:
             group, kept = pattern.m, pattern.n
 
             def choose(values: Tensor, start: int, stop: int) -> Tensor:
-                return top_of_lanes(saliency(values, start, stop), kept)
+                lanes = saliency(values, start, stop).reshape(group, -1)  # a whole slab of groups of one, or one group
+                return top_of_lanes(lanes, kept).reshape(values.shape)
 
         elif pattern.counted_over(self.scope) == "row":
             group, keeps = 1, slab_keeps(problem, "row", width)
