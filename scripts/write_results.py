@@ -37,6 +37,16 @@ the published program's steps, one sequence at a time, with nothing of this engi
 do so in a few entries whose scores are equal to the last digits, and the difference grows from block to block.
 """
 
+COMPARISON = """## One table of all pruners
+
+`secateur compare` with `--statistics shared`: every row is solved on the same Gram matrices, those of the dense model, so
+the rows differ by their solver alone. They are worse than those above, where each linear sees what was pruned before it.
+Model and calibration are the same, evaluation is on the first 10 windows. The command:
+
+    secateur compare MODEL --methods magnitude,wanda,dsnot,sparsegpt,alps,mrp,sds --pattern 70% --pattern 2:4 \\
+        --statistics shared --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 10
+"""
+
 RATIOS = """## Speed
 
 `ratio` is the CPU time of a plain re-implementation of the published algorithm over ours, measured side by side on one thread,
@@ -115,6 +125,24 @@ def options(line: dict[str, Any]) -> str:
     return f" ({tuner['epochs']} epochs, batch {tuner['batch_size']}{refit})"
 
 
+def comparison() -> str:
+    """Return the section on the table of all pruners."""
+    lines = read("compare-smollm2.jsonl")
+    rows = [
+        [
+            line["method"],
+            line["pattern"] or "",
+            f"{line['sparsity']:.3f}",
+            f"{next(iter(line['perplexity'].values())):.2f}",
+            f"{line['seconds']:.0f}",
+            "" if line.get("layer_loss") is None else f"{line['layer_loss']:.4f}",
+        ]
+        for line in sorted(lines, key=lambda line: (line["pattern"] or "", -next(iter(line["perplexity"].values()))))
+    ]
+    head = ["method", "pattern", "sparsity", "perplexity", "seconds", "mean relative layer loss"]
+    return COMPARISON + "\n" + table(head, rows) if rows else ""
+
+
 def ratios() -> str:
     """Return the section on speed."""
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in read(path.name)]
@@ -157,7 +185,7 @@ def memory() -> str:
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join(part for part in (HEAD, quality(), yardsticks(), ratios(), memory()) if part)
+    return "\n".join(part for part in (HEAD, quality(), yardsticks(), comparison(), ratios(), memory()) if part)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,13 @@ from secateur.core.problem import LayerProblem, Pruned
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_TRAINED = ASSETS / "tiny-llama"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Take interrupts also where the tests were started in the background of a shell, which ignores them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
