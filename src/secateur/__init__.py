@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from secateur.methods.registry import methods, register_adapters
     from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
-    from secateur.recipe.stages import evaluate, export, inspect, load, prune, tune
+    from secateur.recipe.stages import evaluate, export, finetune, inspect, load, prune, tune
     from secateur.recipe.suggest import suggest
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load",
     "methods",
@@ -63,7 +64,7 @@ _HOMES = {
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",
     **_ADAPTERS,
-    **dict.fromkeys(("prune", "tune", "evaluate", "inspect", "export", "load"), _STAGES),
+    **dict.fromkeys(("prune", "tune", "finetune", "evaluate", "inspect", "export", "load"), _STAGES),
 }
 
 

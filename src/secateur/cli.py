@@ -32,6 +32,16 @@ _WORDS = {
     "seqlen": "length",
     "max-seq-length": "length",
     "sparsity": "pattern",
+    "lr": "learning-rate",
+    "max-steps": "steps",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "gradient-accumulation-steps": "accumulation",
+    "train-dataset": "data",
+    "report-to": "log-to",
+    "save-steps": "save-every",
+    "eval-steps": "evaluate-every",
+    "logging-steps": "log-every",
 }
 
 app = typer.Typer(
@@ -166,6 +176,57 @@ def tune(
 ) -> None:
     """Tune the blocks of a sparse MODEL towards the dense one; zeros stay zero."""
     _stage("tune", context)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    model: o.Model,
+    data: o.Data = None,
+    evaluation: o.Evaluation = None,
+    instruction_field: o.InstructionField = None,
+    response_field: o.ResponseField = None,
+    field: o.DataField = None,
+    skip_bad: o.SkipRecords = None,
+    length: o.SequenceLength = None,
+    packing: o.Packing = None,
+    whole_loss: o.WholeLoss = None,
+    adapter: o.Adapter = None,
+    set: o.Set = None,
+    steps: o.Steps = None,
+    epochs: o.Epochs = None,
+    batch_size: o.TrainBatch = None,
+    accumulation: o.Accumulation = None,
+    learning_rate: o.LearningRate = None,
+    schedule: o.ScheduleOption = None,
+    warmup: o.Warmup = None,
+    optimizer: o.OptimizerOption = None,
+    around: o.Around = None,
+    gradient_checkpointing: o.GradientCheckpointing = None,
+    bf16: o.Bf16 = None,
+    compact_state: o.CompactState = None,
+    evaluate_every: o.EvaluateEvery = None,
+    log_every: o.LogEvery = None,
+    save_every: o.SaveEvery = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    max_minutes: o.MaxMinutes = None,
+    strict: o.Strict = False,
+    dry_run: o.DryRun = False,
+    merge: o.Merge = None,
+    log_to: o.LogTo = None,
+    output: o.Output = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Train an adapter of MODEL, or all its kept weights, on instructions or text; zeros stay zero."""
+    _stage("finetune", context)
 
 
 @app.command()
@@ -515,7 +576,7 @@ def _stage(kind: str, context: typer.Context) -> None:
 
 def _arrange(given: dict[str, Any]) -> None:
     """Turn options into the keys of a recipe, in place."""
-    for switch, name in (("one_pass", "sequential"), ("no_guard", "guard")):
+    for switch, name in (("one_pass", "sequential"), ("no_guard", "guard"), ("whole_loss", "completion_only")):
         if given.pop(switch, False):
             given[name] = False
     for name in ("perplexity", "tasks"):
@@ -523,7 +584,7 @@ def _arrange(given: dict[str, Any]) -> None:
             given[name] = [part for text in given[name] for part in _split(text)]
     if "override" in given:
         given["overrides"] = dict(_override(text) for text in given.pop("override"))
-    for name in ("ignore", "include"):
+    for name in ("ignore", "include", "log_to"):
         if name in given:
             given[name] = list(given[name])
 

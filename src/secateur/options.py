@@ -80,6 +80,109 @@ Teacher = Annotated[
     _option("--teacher", help="The dense model.", panel=_METHOD, metavar="MODEL", default="what it was pruned from"),
 ]
 
+_DATA, _TRAIN = "Data", "Training"
+Adapter = Annotated[
+    str | None,
+    _option(
+        "--adapter", help="Adapter to train, or none for all weights.", panel=_TRAIN, metavar="NAME", default="spp"
+    ),
+]
+Data = Annotated[
+    str | None,
+    _option(
+        "--data",
+        help="Instructions or text: .jsonl, .parquet, .txt, a Hub data set or builtin:tiny-instructions.",
+        panel=_DATA,
+        metavar="DATA",
+    ),
+]
+Evaluation = Annotated[
+    str | None, _option("--evaluation", help="Data whose loss is measured.", panel=_DATA, metavar="DATA")
+]
+InstructionField = Annotated[
+    str | None, _option("--instruction-field", help="Field of the question.", panel=_DATA, metavar="KEY")
+]
+ResponseField = Annotated[
+    str | None, _option("--response-field", help="Field of the answer.", panel=_DATA, metavar="KEY")
+]
+DataField = Annotated[
+    str | None, _option("--field", help="Field of plain text.", panel=_DATA, metavar="KEY", default="text")
+]
+SkipRecords = Annotated[
+    int | None,
+    _option("--skip-bad", help="Bad records to put up with.", panel=_DATA, metavar="N", default="0", least=0),
+]
+Packing = Annotated[bool | None, _option("--packing", help="Several examples in one sequence.", panel=_DATA)]
+SequenceLength = Annotated[
+    int | None, _option("--length", help="Tokens of a sequence.", panel=_DATA, metavar="N", default="1024", least=2)
+]
+WholeLoss = Annotated[bool | None, _option("--whole-loss", help="Learn prompts too, not answers alone.", panel=_DATA)]
+Steps = Annotated[
+    int | None, _option("--steps", help="Steps of the optimizer.", panel=_TRAIN, metavar="N", default="500", least=1)
+]
+Epochs = Annotated[
+    float | None, _option("--epochs", help="Passes over the data, in place of steps.", panel=_TRAIN, metavar="X")
+]
+TrainBatch = Annotated[
+    int | None,
+    _option("--batch-size", help="Sequences of one forward.", panel=_TRAIN, metavar="N", default="8", least=1),
+]
+Accumulation = Annotated[
+    int | None,
+    _option("--accumulation", help="Forwards of one step.", panel=_TRAIN, metavar="N", default="1", least=1),
+]
+LearningRate = Annotated[
+    float | None,
+    _option("--learning-rate", help="At its highest.", panel=_TRAIN, metavar="X", default="what suits the adapter"),
+]
+ScheduleOption = Annotated[
+    str | None,
+    _option("--schedule", help="After the warm-up.", panel=_TRAIN, metavar="linear|cosine|constant", default="linear"),
+]
+Warmup = Annotated[
+    float | None,
+    _option("--warmup", help="Steps, or a fraction of all.", panel=_TRAIN, metavar="X", default="0.03", least=0),
+]
+OptimizerOption = Annotated[
+    str | None,
+    _option("--optimizer", help="As transformers calls it.", panel=_TRAIN, metavar="NAME", default="adamw_torch"),
+]
+Around = Annotated[
+    str | None, _option("--around", help="Optimizer around it, such as cram.", panel=_TRAIN, metavar="NAME")
+]
+GradientCheckpointing = Annotated[
+    bool | None, _option("--gradient-checkpointing", help="Compute activations twice, keep few.", panel=_TRAIN)
+]
+Bf16 = Annotated[
+    bool | None,
+    typer.Option(
+        "--bf16/--no-bf16",
+        help="Compute in bfloat16. [dim]\\[where a GPU can][/dim]",
+        rich_help_panel=_TRAIN,
+        show_default=False,
+    ),
+]
+CompactState = Annotated[
+    bool | None,
+    _option("--compact-state", help="With all weights: optimizer state for kept ones alone.", panel=_TRAIN),
+]
+EvaluateEvery = Annotated[
+    int | None, _option("--evaluate-every", help="Steps between evaluations.", panel=_TRAIN, metavar="N", least=1)
+]
+LogEvery = Annotated[
+    int | None,
+    _option("--log-every", help="Steps between lines of the curve.", panel=_TRAIN, metavar="N", default="10", least=1),
+]
+SaveEvery = Annotated[
+    int | None,
+    _option("--save-every", help="Steps between checkpoints.", panel=_TRAIN, metavar="N", default="100", least=1),
+]
+LogTo = Annotated[
+    list[str] | None,
+    _option("--log-to", help="tensorboard, trackio, ...; repeatable.", panel=_OUT, metavar="NAME"),
+]
+Merge = Annotated[bool | None, _option("--merge", help="Write the whole model, the adapter merged.", panel=_OUT)]
+
 Calibration = Annotated[
     str | None,
     _option(

@@ -127,6 +127,33 @@ def _inspect(found: Mapping[str, Any]) -> list[str]:
     return [*columns(("linear", "shape", "sparsity", "pattern"), rows, numeric=(1, 2)), "", *facts(pairs)]
 
 
+def _said(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method that say something."""
+    return {name: value for name, value in method.items() if value is not None}
+
+
+def _finetune(found: Mapping[str, Any]) -> list[str]:
+    losses, tests = found.get("losses") or [], found.get("evaluations") or []
+    pairs = [
+        ("adapter", method_words(_said(found["adapter"])) if found.get("adapter") else "none, all weights"),
+        (
+            "trained",
+            f"{found['trainable']:,} values, {percent(found['trainable_share'])}" if "trainable" in found else "",
+        ),
+        ("steps", str(found.get("steps_done") or "")),
+        ("loss", f"{number(losses[0]['loss'], 4)} at first, {number(losses[-1]['loss'], 4)} at last" if losses else ""),
+        ("held out", f"{number(tests[0]['loss'], 4)} before, {number(tests[-1]['loss'], 4)} after" if tests else ""),
+        (
+            "sparsity",
+            f"{percent(found['sparsity'])}, {percent(found['sparsity_before'])} before" if "sparsity" in found else "",
+        ),
+        ("time", duration(found.get("seconds") or 0.0)),
+        ("memory", size(found["peak_memory_bytes"]) if found.get("peak_memory_bytes") else ""),
+        ("output", str(found.get("output") or "")),
+    ]
+    return facts(pairs)
+
+
 def _export(found: Mapping[str, Any]) -> list[str]:
     return facts(
         [
@@ -218,6 +245,7 @@ _METHOD_FACTS = ("name", "kind", "summary", "paper", "patterns", "needs")
 _SHOWN = {
     "prune": _sweep,
     "tune": _sweep,
+    "finetune": _finetune,
     "evaluate": _evaluate,
     "inspect": _inspect,
     "export": _export,

@@ -89,7 +89,7 @@ def test_targets_of_other_libraries_are_accepted_only_where_they_mean_all_linear
         ({"model": "m", "stages": []}, "at least one stage"),
         ({"model": "", "stages": [{"prune": {}}]}, "`model` should have at least 1 character"),
         ({"model": "m", "modle": 1, "stages": [{"prune": {}}]}, "`modle` is not a known key (did you mean `model`"),
-        ({"model": "m", "stages": [{"finetune": {}}]}, "`stages.0.finetune` is not a known key"),
+        ({"model": "m", "stages": [{"distil": {}}]}, "`stages.0.distil` is not a known key"),
         ({"model": "m", "stages": [{"prune": {}, "tune": {}}]}, "exactly one stage, has `prune`, `tune`"),
         ({"model": "m", "stages": [{}]}, "exactly one stage, has none"),
         ({"model": "m", "stages": ["prune"]}, "`stages.0` should be a mapping, got 'prune'"),

@@ -105,8 +105,13 @@ def builtin_documents(name: str, role: Role) -> tuple[list[str], str]:
         held_out = part == "evaluation"
         chosen = [text for index, (title, text) in enumerate(_wiki()) if _is_held_out(index, title) == held_out]
         return chosen, f"{kind}-{part}"
-    lines = (files("secateur.data") / "texts" / f"{kind}-{part}.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line)["text"] for line in lines if line], f"{kind}-{part}"
+    return [text for _, text in tiny_profiles(part)], f"{kind}-{part}"
+
+
+def tiny_profiles(part: str) -> list[tuple[str, str]]:
+    """Return (title, text) of the country profiles in a part of `builtin:tiny`."""
+    lines = (files("secateur.data") / "texts" / f"tiny-{part}.jsonl").read_text(encoding="utf-8").split("\n")
+    return [(record["title"], record["text"]) for record in map(json.loads, filter(None, lines))]
 
 
 def _is_held_out(index: int, title: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from secateur.core.errors import InputError, missing_extra
@@ -94,6 +96,13 @@ def read_data_set(
         InputError: the package `datasets` is missing, the network is off and the data set not in its cache, or there
             is no such data set, configuration, split or column.
     """
+    with _opened(spec, split, role) as (rows, source):
+        return _read_rows(rows, source, field, skip_bad, limit), source
+
+
+@contextmanager
+def _opened(spec: str, split: str | None, role: Role) -> Iterator[tuple[Iterable[dict[str, Any]], str]]:
+    """Yield the rows of a hub data set and its full name; what fails while they are read is told in one sentence."""
     chosen, part = parse_data_set(spec, split, role)
     source = ":".join(word for word in (chosen.path, chosen.config, part) if word)
     try:
@@ -111,8 +120,7 @@ def read_data_set(
             )
         settings["download_config"] = datasets.DownloadConfig(local_files_only=True)
     try:
-        rows = datasets.load_dataset(chosen.path, chosen.config, **settings)
-        return _read_rows(rows, source, field, skip_bad, limit), source
+        yield datasets.load_dataset(chosen.path, chosen.config, **settings), source
     except (OSError, ValueError, RuntimeError) as error:  # what `datasets` and the hub's client derive theirs from
         if offline:
             raise InputError(
@@ -120,6 +128,12 @@ def read_data_set(
                 hint=_instead(spec),
             ) from error
         raise InputError(f"text `{spec}` cannot be loaded: {_first_line(error)}", hint=_instead(spec)) from error
+
+
+def data_set_rows(spec: str, split: str | None, role: Role, limit: int) -> tuple[list[dict[str, Any]], str]:
+    """Return at most `limit` whole rows of a hub data set, and its full name; see `read_data_set`."""
+    with _opened(spec, split, role) as (rows, source):
+        return list(islice(iter(rows), limit)), source
 
 
 def _read_rows(rows: Iterable[dict[str, Any]], source: str, field: str, skip_bad: int, limit: int) -> Read:

@@ -111,11 +111,11 @@ def load_text(
         documents, full = builtin_documents(name.removeprefix("builtin:"), role)
         read = Read(documents, [])
         source = f"builtin:{full}"
-    elif isinstance(spec, Path) or _is_file(name):
+    elif isinstance(spec, Path) or is_file(name):
         read = read_file(Path(name).expanduser(), field=field, skip_bad=skip_bad, limit=limit)
         source = name
     else:
-        if name.partition(":")[0] not in DATA_SETS and not _names_data_set(name):
+        if name.partition(":")[0] not in DATA_SETS and not names_data_set(name):
             known = [f"builtin:{builtin}" for builtin in builtin_names()] + list(DATA_SETS)
             raise InputError(
                 f"text `{name}` is no file and no known name{did_you_mean(name, known)}",
@@ -179,13 +179,14 @@ def overlap(calibration: Text, evaluation: Text) -> float:
     return float(numpy.isin(_runs(second, length), _runs(first, length)).mean())
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
     """Say whether `name` means a file: it exists, or looks like nothing else."""
     path = Path(name).expanduser()
     return path.exists() or path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or "\\" in name
 
 
-def _names_data_set(name: str) -> bool:
+def names_data_set(name: str) -> bool:
+    """Say whether `name` looks like the `owner/name` of a data set."""
     owner, slash, rest = name.partition("/")
     return bool(owner and slash and rest) and "/" not in rest and not any(c.isspace() for c in name)
 

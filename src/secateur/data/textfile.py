@@ -57,20 +57,26 @@ def read_file(path: Path, *, field: str, skip_bad: int, limit: int) -> Read:
         InputError: the file is missing, of another kind, or not as its suffix says.
     """
     reader = READERS.get(path.suffix.lower())
+    check_file(path)
+    assert reader is not None
+    try:
+        return reader(path, field, skip_bad, limit)
+    except OSError as error:
+        raise InputError(f"text `{path}` cannot be read: {error.strerror or error}", hint="check the file") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError unless `path` is a file that a reader is there for."""
     if path.is_dir():
         raise InputError(f"text `{path}` is a folder", hint=f"name a file in it: {', '.join(READERS)}")
     if not path.exists():
         near = did_you_mean(path.name, _names_in(path.parent))
         raise InputError(f"text `{path}` does not exist{near}", hint="check the path")
-    if reader is None:
+    if path.suffix.lower() not in READERS:
         raise InputError(
             f"text `{path}` has the suffix `{path.suffix}`, but must have one of {', '.join(READERS)}",
             hint="rename or convert the file",
         )
-    try:
-        return reader(path, field, skip_bad, limit)
-    except OSError as error:
-        raise InputError(f"text `{path}` cannot be read: {error.strerror or error}", hint="check the file") from error
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -156,20 +162,19 @@ def _read_txt(path: Path, _field: str, _skip_bad: int, limit: int) -> Read:
     return Read(["".join(pieces)[:limit]], [*notes, limited(str(path), limit)] if cut else notes)
 
 
-def _read_jsonl(path: Path, field: str, skip_bad: int, limit: int) -> Read:
-    """Return the field of every record as a document."""
-    counts: Counter[str] = Counter()
-    faults = Faults(str(path), "line", skip_bad)
-    documents: list[str] = []
-    found = 0
-    notes: list[str] = []
+def jsonl_records(path: Path, faults: Faults, counts: Counter[str], longest: int) -> Iterator[tuple[int, Any]]:
+    """Yield the number (from 1) and the value of every line of a `.jsonl` file; lines that are no JSON are faults.
+
+    Args:
+        path: the file.
+        faults: where lines that are no JSON are added.
+        counts: where changes to the text are counted, see `put_right`.
+        longest: characters of a line at most.
+    """
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(file, path, counts, longest=limit), start=1):
+        for number, line in enumerate(_lines(file, path, counts, longest), start=1):
             if not line.strip():
                 continue
-            if found >= limit:
-                notes.append(limited(str(path), limit))
-                break
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -178,55 +183,92 @@ def _read_jsonl(path: Path, field: str, skip_bad: int, limit: int) -> Read:
                 )
                 faults.add(number, f"no JSON ({reason})")
                 continue
-            if isinstance(record, dict) and isinstance(record.get(field), str):
-                documents.append(put_right(record[field], counts))
-                found += len(documents[-1])
-            else:
-                faults.add(number, _why_unusable(record, field))
+            yield number, record
+
+
+def parquet_rows(
+    path: Path, columns: list[str] | None = None, check: Callable[[Any], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number (from 1) and the values of every row of a `.parquet` file.
+
+    Args:
+        path: the file.
+        columns: those to read; None: all.
+        check: given the schema first, to refuse it.
+
+    Raises:
+        InputError: the package `pyarrow` is missing, or the file is damaged.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing_extra("pyarrow", "data", f"read `{path}`") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if check is not None:
+                check(table.schema_arrow)
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's fault; the library's own have no number
+            raise
+        reason = str(error).strip()
+        raise InputError(f"text `{path}` is no readable parquet file: {reason}", hint="write the file again") from error
+
+
+def _read_jsonl(path: Path, field: str, skip_bad: int, limit: int) -> Read:
+    """Return the field of every record as a document."""
+    counts: Counter[str] = Counter()
+    faults = Faults(str(path), "line", skip_bad)
+    documents: list[str] = []
+    found = 0
+    notes: list[str] = []
+    for number, record in jsonl_records(path, faults, counts, longest=limit):
+        if found >= limit:
+            notes.append(limited(str(path), limit))
+            break
+        if isinstance(record, dict) and isinstance(record.get(field), str):
+            documents.append(put_right(record[field], counts))
+            found += len(documents[-1])
+        else:
+            faults.add(number, _why_unusable(record, field))
     faults.check()
     return Read(documents, [*notes, *faults.notes(), *notes_on(str(path), counts)])
 
 
 def _read_parquet(path: Path, field: str, skip_bad: int, limit: int) -> Read:
     """Return the column of every row as a document."""
-    try:
+
+    def check(schema: Any) -> None:
         import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing_extra("pyarrow", "data", f"read `{path}`") from error
+
+        if field not in schema.names:
+            raise InputError(
+                f"text `{path}` has no column `{field}`, only {listed(schema.names)}",
+                hint="choose one with `field`",
+            )
+        kind = schema.field(field).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise InputError(f"text `{path}`: column `{field}` holds {kind}, but must hold strings")
+
     counts: Counter[str] = Counter()
     faults = Faults(str(path), "row", skip_bad)
     documents: list[str] = []
     found = 0
-    number = 0
     notes: list[str] = []
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if field not in schema.names:
-                raise InputError(
-                    f"text `{path}` has no column `{field}`, only {_listed(schema.names)}",
-                    hint="choose one with `field`",
-                )
-            kind = schema.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise InputError(f"text `{path}`: column `{field}` holds {kind}, but must hold strings")
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                if found >= limit:
-                    notes.append(limited(str(path), limit))
-                    break
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    if value is None:
-                        faults.add(number, f"`{field}` is null")
-                    else:
-                        documents.append(put_right(value, counts))
-                        found += len(value)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's fault; the library's own have no number
-            raise
-        reason = str(error).strip()
-        raise InputError(f"text `{path}` is no readable parquet file: {reason}", hint="write the file again") from error
+    for number, row in parquet_rows(path, [field], check):
+        if found >= limit:
+            notes.append(limited(str(path), limit))
+            break
+        if row[field] is None:
+            faults.add(number, f"`{field}` is null")
+        else:
+            documents.append(put_right(row[field], counts))
+            found += len(row[field])
     faults.check()
     return Read(documents, [*notes, *faults.notes(), *notes_on(str(path), counts)])
 
@@ -284,10 +326,11 @@ def _why_unusable(record: Any, field: str) -> str:
     if not isinstance(record, dict):
         return f"holds a {type(record).__name__}, but must hold an object with the field `{field}`"
     if field not in record:
-        return f"no field `{field}`, only {_listed(list(record))}"
+        return f"no field `{field}`, only {listed(list(record))}"
     return f"field `{field}` holds a {type(record[field]).__name__}, but must hold a string"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names as `a`, `b` and so on, at most twenty."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "") or "no fields"

@@ -129,6 +129,15 @@ REGISTRY = Registry(
             "low-rank updates, plain or DoRA, that reach the kept weights only",
         ),
         Entry(
+            "lora",
+            "adapter",
+            "secateur.methods.adapters.lora:PlainLoraConfig",
+            "Hu et al., ICLR 2022, arXiv 2106.09685",
+            "none, a merge fills zeros",
+            (),
+            "PEFT's own low-rank updates, to compare with",
+        ),
+        Entry(
             "s2ft",
             "adapter",
             "secateur.methods.adapters.s2ft:S2ftConfig",

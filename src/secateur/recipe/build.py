@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError, create_model
 
 from secateur.core.errors import RecipeError
 from secateur.core.registry import Entry, Kind
@@ -24,6 +24,8 @@ ALIASES = {
     "blocksize": "block_size",
     "lr": "learning_rate",
     "num_train_epochs": "epochs",
+    "rank": "r",
+    "alpha": "lora_alpha",
 }
 
 
@@ -67,6 +69,8 @@ def describe(method: Any) -> dict[str, Any]:
     """
     entry = REGISTRY.entry_of(method)
     name = entry.name if entry else f"{type(method).__module__}.{type(method).__qualname__}"
+    if entry is not None and entry.kind == "adapter":
+        return {"name": name, **{field: _plain(getattr(method, field)) for field in fields_of(entry)}}
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
     return {"name": name, **{field.name: _plain(getattr(method, field.name)) for field in fields if field.init}}
 
@@ -93,7 +97,8 @@ _CONTRACTS: dict[str, Kind] = {"Pruner": "pruner", "BlockTuner": "block tuner", 
 def _construct(entry: Entry, given: dict[str, Any], where: str) -> Any:
     """Return an object of the entry's class with the fields `given`."""
     cls = entry.load()
-    known: dict[str, Any] = getattr(cls, "__pydantic_fields__", {})
+    checked = _checking(entry) if entry.kind == "adapter" else cls
+    known: dict[str, Any] = getattr(checked, "__pydantic_fields__", {})
     values: dict[str, Any] = {}
     for word, value in given.items():
         name = ALIASES[word] if word not in known and ALIASES.get(word) in known else word
@@ -105,11 +110,22 @@ def _construct(entry: Entry, given: dict[str, Any], where: str) -> Any:
             value = _nested(value, info, inner, f"{where}.{name}")
         values[name] = value
     try:
-        return cls(**values)
+        found = checked(**values)
     except ValidationError as error:
         positions = Positions("")
         items = ({**item, "loc": (where, *item["loc"])} for item in error.errors(include_url=False))
         raise collect(complain(item, positions, known, ALIASES) for item in items) from None
+    return found if checked is cls else cls(**{name: getattr(found, name) for name in values})
+
+
+def _checking(entry: Entry) -> type[Any]:
+    """Return a model that checks the settings of an adapter, whose class is PEFT's dataclass and checks no types."""
+    cls = entry.load()
+    types = get_type_hints(cls)
+    fields: dict[str, Any] = {name: (types[name], default) for name, default in fields_of(entry).items()}
+    settings = ConfigDict(extra="forbid", protected_namespaces=())
+    model: type[Any] = create_model(cls.__name__, __config__=settings, **fields)
+    return model
 
 
 def _nested(value: str | Mapping[str, Any], info: Any, kind: Kind, where: str) -> Any:

@@ -37,6 +37,11 @@ def some(value: Any) -> Any:
     return value
 
 
+def _none(value: Any) -> Any:
+    """Return None for the word `none`."""
+    return None if value == "none" else value
+
+
 def _bytes(value: Any) -> int:
     """Return bytes from `6GB`, `512MiB` or a number."""
     match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?)b?", str(value).strip().lower())
@@ -58,6 +63,8 @@ def _named(kind: Kind, default: str | None = None) -> BeforeValidator:
     """Return the check of a method: a known name of `kind`, or a mapping with one; without one it means `default`."""
 
     def check(value: Any) -> Any:
+        if value is None:
+            return None
         spec = {"name": default, **value} if isinstance(value, Mapping) else value
         name = spec["name"] if isinstance(spec, dict) else spec
         if isinstance(spec, dict) and name is None:
@@ -86,6 +93,8 @@ Bytes = Annotated[int, BeforeValidator(_bytes)]
 PrunerSpec = Annotated[str | dict[str, Any], _named("pruner", "sparsegpt")]
 PlanSpec = Annotated[str | dict[str, Any], _named("planner")]
 TunerSpec = Annotated[str | dict[str, Any], _named("block tuner")]
+AdapterSpec = Annotated[str | dict[str, Any] | None, _named("adapter", "spp"), BeforeValidator(_none)]
+AroundSpec = Annotated[str | dict[str, Any] | None, _named("optimizer"), BeforeValidator(_none)]
 TuningSpec = Annotated[str | dict[str, Any], _named("block tuner", "ebft")]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -96,6 +105,10 @@ Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Strict(), Field(ge=1, le=10_000_000)]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Length = Annotated[int, Strict(), Field(ge=2, le=10_000_000)]
+Rate = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(ge=0)]
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+Schedule = Literal["linear", "cosine", "constant"]
 
 
 # the words of other libraries and of published code
@@ -107,6 +120,23 @@ SYNONYMS = {
     "max_seq_length": "length",
     "max_length": "length",
     "sparsity": "pattern",
+    "train_dataset": "data",
+    "eval_dataset": "evaluation",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "optim": "optimizer",
+    "completion_only_loss": "completion_only",
+    "eval_steps": "evaluate_every",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "report_to": "log_to",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.core.quantities import duration, number, percent, size
 
-MAKES_MODEL = ("prune", "tune")
+MAKES_MODEL = ("prune", "tune", "finetune")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One call of `prune` or `tune`: its model opened and identified, the sweep run, the result published and reported."""
+"""One call of a stage: its model opened and identified, the sweep run, the result published and reported."""
 
 from __future__ import annotations
 
@@ -73,8 +73,13 @@ class Job:
             loaded = self._load(model)
             self.source, self.model, self.spec = loaded.source, loaded.model, str(model)
             self.tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
-            self.side = _read_side(loaded.source.path) if loaded.source.path is not None else None
+            self.side = read_side(loaded.source.path) if loaded.source.path is not None else None
             self.warnings += loaded.source.notes
+            if loaded.source.kind == "adapter" and stage != "evaluate":
+                raise InputError(
+                    f"`{model}` is an adapter beside its base model, which `{stage}` does not take",
+                    hint=f"merge it first: secateur merge {model} --output DIR",
+                )
         self.model.eval()
         self.teacher = self._teacher(teacher) if stage == "tune" else None
 
@@ -295,7 +300,7 @@ class Job:
         Raises:
             StateError: if the output is something else and may not be replaced.
         """
-        if not is_complete(output) or (_read_side(output) or {}).get("run") != _digest_of(identity):
+        if not is_complete(output) or (read_side(output) or {}).get("run") != digest_of(identity):
             refuse_existing(output, resume=False, overwrite=self.options["overwrite"])
             return None
         if state_folder(output).exists():  # killed between publishing and cleaning up
@@ -317,9 +322,9 @@ class Job:
                 "notes": [],
             }
             for linear in find_all_linears(finished.model)
-            if (weight := (_read_side(output) or {}).get("weights", {}).get(linear.name))
+            if (weight := (read_side(output) or {}).get("weights", {}).get(linear.name))
         ]
-        planned = (_read_side(output) or {}).get("planned")
+        planned = (read_side(output) or {}).get("planned")
         return {
             **({"planned": planned} if planned is not None else {}),
             "sparsity": sparsity(finished.model),
@@ -344,7 +349,7 @@ class Job:
         return {
             "base_model": base or identity["model"],
             "stage": self.stage,
-            "run": _digest_of(identity),
+            "run": digest_of(identity),
             "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
             "versions": identity["versions"],
             **({"planned": self.planned} if self.planned is not None else {}),
@@ -393,7 +398,7 @@ def _block_line(block: BlockReport) -> dict[str, Any]:
     }
 
 
-def _read_side(folder: Path) -> dict[str, Any] | None:
+def read_side(folder: Path) -> dict[str, Any] | None:
     """Return what `secateur.json` in `folder` says, or None if there is none."""
     try:
         found = json.loads((folder / "secateur.json").read_bytes())
@@ -402,7 +407,8 @@ def _read_side(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _digest_of(identity: Mapping[str, Any]) -> str:
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 of what decides a result."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -411,7 +417,7 @@ def refuse_existing(output: str | Path | None, resume: bool, overwrite: bool) ->
     if output is None:
         return
     target = Path(output)
-    if target.exists() and not overwrite and not (resume and _read_side(target)):
+    if target.exists() and not overwrite and not (resume and read_side(target)):
         empty = target.is_dir() and not any(target.iterdir())
         if not empty:
             raise StateError(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from secateur.core.errors import RecipeError
+from secateur.core.errors import InputError, RecipeError
 from secateur.core.progress import Progress
 from secateur.export import bitmask
-from secateur.models.files import Loaded, Source
+from secateur.methods.registry import register_adapters
+from secateur.models.files import Loaded, Source, fingerprint
 from secateur.models.files import load as load_checkpoint
+
+ADAPTER = "adapter_config.json"
 
 
 def load(
@@ -26,8 +32,8 @@ def load(
     """Load a model and its tokenizer from whatever names one.
 
     Args:
-        spec: a `save_pretrained` folder, a Hub id, a `.gguf` file, `builtin:smollm2-135m`, or a folder in the bitmask
-            format of `export`.
+        spec: a `save_pretrained` folder, a Hub id, a `.gguf` file, `builtin:smollm2-135m`, a folder in the bitmask
+            format of `export`, or an adapter folder, whose base model is loaded and adapted.
         dtype: dtype of the weights, the stored one if None.
         allow_pickle: read `.bin` weights (with `weights_only`).
         trust_remote_code: run code that the model brings along; a Hub id then needs a `revision`.
@@ -42,6 +48,15 @@ def load(
         InputError: if the model is damaged, unsupported, or would need code to be run.
     """
     folder = Path(spec)
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").exists():
+        return _with_adapter(
+            folder,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
     if bitmask.is_packed(folder):
         model, words = bitmask.read(folder, dtype=dtype_of(dtype))
         return Loaded(model, words, Source(str(spec), "bitmask", folder, None, bitmask.fingerprint(folder)))
@@ -54,6 +69,28 @@ def load(
         tokenizer=tokenizer,
         progress=progress,
     )
+
+
+def _with_adapter(folder: Path, *, tokenizer: bool, **loading: Any) -> Loaded:
+    """Return the base model that an adapter folder names, with the adapter active and not merged."""
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"`{folder / ADAPTER}` cannot be read: {error}") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"`{folder / ADAPTER}` does not name the model that the adapter is for",
+            hint="set `base_model_name_or_path` in it",
+        )
+    revision = config.get("revision")
+    loaded = load(base, revision=revision if isinstance(revision, str) else None, tokenizer=tokenizer, **loading)
+    register_adapters()
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+    digest = hashlib.sha256(f"{loaded.source.fingerprint} {fingerprint(folder)}".encode()).hexdigest()
+    return Loaded(model, loaded.tokenizer, Source(str(folder), "adapter", folder, None, digest))
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:

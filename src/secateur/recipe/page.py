@@ -15,9 +15,16 @@ from secateur.core.quantities import duration, number, percent, size
 from secateur.recipe.charts import SHADES, Bar, Cell, Pair, bars, grid, levels, pairs
 from secateur.recipe.headline import MAKES_MODEL, Measured, headline, measured
 from secateur.recipe.markup import chart, details, document, legend, table
+from secateur.recipe.scatter import Point, scatter
 from secateur.recipe.yaml_writer import to_yaml
 
-_KIND_WORDS = {"prune": "Pruning", "tune": "Tuning", "evaluate": "Measuring", "export": "Exporting"}
+_KIND_WORDS = {
+    "prune": "Pruning",
+    "tune": "Tuning",
+    "finetune": "Fine-tuning",
+    "evaluate": "Measuring",
+    "export": "Exporting",
+}
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -110,9 +117,30 @@ def _perplexity(rows: Sequence[Measured]) -> str:
 def _stage(stage: Mapping[str, Any], *, first: bool) -> list[str]:
     """Return the sections of one stage that made a model; tuning after the `first` one leaves every zero as it was."""
     kind = _KIND_WORDS[stage["stage"]]
+    if stage["stage"] == "finetune":
+        return [_curve(stage, kind)]
     heading = f"{kind} with {(stage.get('method') or {}).get('name', 'a method')}"
     found = [_blocks(stage, heading), _linears(stage, heading) if first or stage["stage"] == "prune" else ""]
     return [section for section in found if section]
+
+
+def _curve(stage: Mapping[str, Any], kind: str) -> str:
+    """Return the loss of a training run by steps, and that of held-out data."""
+    method = (stage.get("adapter") or {}).get("name", "all weights")
+    points = []
+    for series, (words, lines) in enumerate((("training", "losses"), ("held out", "evaluations"))):
+        for place, line in enumerate(found := stage.get(lines) or ()):
+            label = words if place == len(found) - 1 else ""
+            step, loss = float(line["step"]), float(line["loss"])
+            points.append(Point(step, loss, label, f"step {step:.0f}: {words} {number(loss, 4)}", series, words))
+    chart_ = scatter(points, name="loss by steps", axis="step", show=lambda step: f"{step:.0f}")
+    if not chart_:
+        return ""
+    return (
+        f"<section><h2>{escape(kind)} with {escape(str(method))}</h2>"
+        '<p class="why">Mean loss of a token; the scale is logarithmic.</p>'
+        f"{chart(chart_)}</section>"
+    )
 
 
 def _blocks(stage: Mapping[str, Any], heading: str) -> str:
@@ -205,10 +233,15 @@ def _field(values: Mapping[tuple[str, int], float | None], what: str, *, logarit
 def _cost(stages: Iterable[Mapping[str, Any]]) -> str:
     """Return time and memory of every stage."""
     times, memory, rows = [], [], []
-    colours = {"prune": 1, "tune": 2, "evaluate": 0, "export": 3}
+    colours = {"prune": 1, "tune": 2, "finetune": 2, "evaluate": 0, "export": 3}
     for place, stage in enumerate(stages, start=1):
         kind = str(stage.get("stage"))
-        subject = stage.get("label") or (stage.get("method") or {}).get("name") or stage.get("format") or ""
+        subject = (
+            stage.get("label")
+            or (stage.get("method") or stage.get("adapter") or {}).get("name")
+            or stage.get("format")
+            or ""
+        )
         label = f"{place}. {kind} {subject}".strip()
         seconds, peak, planned = stage.get("seconds"), stage.get("peak_memory_bytes"), stage.get("planned_memory_bytes")
         if seconds is not None:

@@ -27,10 +27,10 @@ from secateur.core.progress import Progress, Silent
 from secateur.core.versions import versions
 from secateur.data.text import Text, load_text, overlap
 from secateur.recipe import stages
+from secateur.recipe.headline import MAKES_MODEL
 from secateur.recipe.report import write_report
 from secateur.recipe.schema import Recipe, Step
 
-MAKES_MODEL = ("prune", "tune")
 DONE = "stages.json"
 SEEN = 0.01  # of an evaluation text may stand in the calibration text before it is worth a warning
 
@@ -146,7 +146,7 @@ def _seen_before(recipe: Recipe, evaluation: dict[str, Any]) -> list[str]:
 
 def _label(done: list[dict[str, Any]]) -> str:
     """Return what a model is called in the report: by what was done to it."""
-    words = {"prune": "pruned", "tune": "tuned"}
+    words = {"prune": "pruned", "tune": "tuned", "finetune": "fine-tuned"}
     made = [stage for stage in done if stage["stage"] in MAKES_MODEL]
     if not made:
         return "dense"

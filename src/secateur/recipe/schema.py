@@ -23,6 +23,9 @@ from secateur.core.registry import Kind
 from secateur.recipe.complaints import Complaint, collect, complain
 from secateur.recipe.fields import (
     SYNONYMS,
+    AdapterSpec,
+    AroundSpec,
+    Betas,
     Bytes,
     Count,
     Device,
@@ -34,11 +37,14 @@ from secateur.recipe.fields import (
     Nonfinite,
     Offload,
     Override,
+    Part,
     PatternText,
     PlanSpec,
     PrunerSpec,
+    Rate,
     Revision,
     Samples,
+    Schedule,
     Seed,
     Text,
     Texts,
@@ -126,6 +132,45 @@ class Tune(Calibrated):
     ignore: Texts = ()
 
 
+class Finetune(_Model):
+    """Train an adapter, or all kept weights, on instructions or text; zeros stay zero."""
+
+    data: Text | None = Field(None, validation_alias=also("data"))
+    adapter: AdapterSpec = "spp"
+    evaluation: Text | None = Field(None, validation_alias=also("evaluation"))
+    instruction_field: Name | None = None
+    response_field: Name | None = None
+    field: Name = "text"
+    skip_bad: Count = 0
+    steps: Samples | None = Field(None, validation_alias=also("steps"))
+    epochs: Rate | None = Field(None, validation_alias=also("epochs"))
+    length: Length = Field(1024, validation_alias=also("length"))
+    batch_size: Samples = Field(8, validation_alias=also("batch_size"))
+    accumulation: Samples = Field(1, validation_alias=also("accumulation"))
+    learning_rate: Rate | None = Field(None, validation_alias=also("learning_rate"))
+    schedule: Schedule = Field("linear", validation_alias=also("schedule"))
+    warmup: Part = Field(0.03, validation_alias=also("warmup"))
+    weight_decay: Part = 0.0
+    betas: Betas = (0.9, 0.999)
+    clip: Part = Field(1.0, validation_alias=also("clip"))
+    optimizer: Name = Field("adamw_torch", validation_alias=also("optimizer"))
+    around: AroundSpec = None
+    completion_only: Flag = Field(True, validation_alias=also("completion_only"))
+    packing: Flag = False
+    gradient_checkpointing: Flag = False
+    bf16: Flag | None = None
+    keep_zeros: Flag = True
+    compact_state: Flag = False
+    evaluate_every: Samples | None = Field(None, validation_alias=also("evaluate_every"))
+    log_every: Samples = Field(10, validation_alias=also("log_every"))
+    save_every: Samples = Field(100, validation_alias=also("save_every"))
+    log_to: Texts = Field((), validation_alias=also("log_to"))
+    merge: Flag = False
+    seed: Seed | None = None
+    device: Device | None = None
+    dtype: Dtype | None = None
+
+
 class Evaluate(_Model):
     """Measure the model as the stage before left it."""
 
@@ -154,6 +199,7 @@ class Stage(_Model):
 
     prune: Prune | None = None
     tune: Tune | None = None
+    finetune: Finetune | None = None
     evaluate: Evaluate | None = None
     export: Export | None = None
 
@@ -183,11 +229,18 @@ class Stage(_Model):
         return body
 
 
-STAGES: dict[str, type[_Model]] = {"prune": Prune, "tune": Tune, "evaluate": Evaluate, "export": Export}
+STAGES: dict[str, type[_Model]] = {
+    "prune": Prune,
+    "tune": Tune,
+    "finetune": Finetune,
+    "evaluate": Evaluate,
+    "export": Export,
+}
 # which arguments of a stage are methods, and of which kind
 METHODS: dict[str, dict[str, Kind]] = {
     "prune": {"method": "pruner", "plan": "planner", "tuner": "block tuner"},
     "tune": {"method": "block tuner"},
+    "finetune": {"adapter": "adapter", "around": "optimizer"},
     "evaluate": {},
     "export": {},
 }
@@ -195,6 +248,7 @@ METHODS: dict[str, dict[str, Kind]] = {
 SHARED: dict[str, tuple[str, ...]] = {
     "prune": ("seed", "device", "dtype", "offload", "memory_limit", "strict"),
     "tune": ("seed", "device", "dtype", "offload", "memory_limit", "strict"),
+    "finetune": ("seed", "device", "dtype", "strict"),
     "evaluate": ("device", "dtype"),
     "export": (),
 }
@@ -205,7 +259,7 @@ class Step:
     """One stage, ready to run: `stages.<kind>(model, tokenizer, **arguments)` plus what the caller decides (output).
 
     Attributes:
-        kind: `prune`, `tune`, `evaluate` or `export`.
+        kind: `prune`, `tune`, `finetune`, `evaluate` or `export`.
         arguments: keyword arguments, with what the recipe says for all stages filled in.
     """
 

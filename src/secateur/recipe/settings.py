@@ -11,7 +11,14 @@ from secateur.core.errors import RecipeError
 from secateur.recipe.yaml_loader import MAX_DEPTH, Place, parse_value
 
 _SEGMENT = re.compile(r'"([^"]+)"|([^".]+)')
-NAMED = ("method", "plan", "tuner", "base")  # values that are a method: its name, or a mapping with a `name`
+NAMED = (
+    "method",
+    "plan",
+    "tuner",
+    "base",
+    "adapter",
+    "around",
+)  # values that are a method: its name, or a mapping with a `name`
 
 
 def parse_setting(setting: str, inside: Place = ()) -> tuple[Place, Any]:

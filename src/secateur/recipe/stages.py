@@ -1,4 +1,4 @@
-"""The stages, which are the public functions: prune, tune, evaluate, inspect, export, load.
+"""The stages, which are the public functions: prune, tune, finetune, evaluate, inspect, export, load.
 
 The command line and recipes call these same functions. A model goes in as a name or as a live `transformers` model; what
 comes out is a `Result`: the model, and a report that is plain JSON.
@@ -31,10 +31,11 @@ from secateur.models.files import save_model
 from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
+from secateur.recipe.finetune import finetune, sparsity_beneath
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.recipe.opening import load
 
-__all__ = ["Result", "evaluate", "export", "inspect", "load", "prune", "tune"]
+__all__ = ["Result", "evaluate", "export", "finetune", "inspect", "load", "prune", "tune"]
 
 Method = str | Mapping[str, Any] | object
 CalibrationData = str | Path | Sequence[str] | Tensor | Calibration
@@ -341,7 +342,7 @@ def evaluate(
         "tokens": tokens,
         "length": length,
         "tasks": scores,
-        "sparsity": sparsity(job.model),
+        "sparsity": sparsity_beneath(job.model),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(job.device),
         "warnings": notes,

@@ -15,11 +15,11 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,7 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
     format_version: int = FORMAT
 
     method: ClassVar[str]
+    suggested_rate: ClassVar[float] = 2e-4  # the learning rate to begin with
     records: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "base_weights", "format_version"}
     )  # not settings
@@ -139,6 +140,19 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise RecipeError(f"`{name}` needs `target_modules` as a list of names, not a regular expression")
+
+    def callbacks(self) -> list[Any]:
+        """Return what transformers' Trainer must call while the adapter is trained."""
+        return []
+
+    def prepared(self, model: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> Self:
+        """Return the settings with what is to be known of `model` before its adapter is created; the default is itself.
+
+        Args:
+            model: that is to be tuned, left as it is.
+            batches: gives token ids `(batch, tokens)` of the training data.
+        """
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data; sets become sorted lists, so that equal adapters have equal files."""

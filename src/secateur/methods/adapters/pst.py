@@ -128,6 +128,10 @@ class PstConfig(AdapterConfig):
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise RecipeError(f"`interval` must be a whole number from 1, got {self.interval!r}")
 
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return the schedule of the masks."""
+        return [PstSchedule()]
+
     def pattern_at(self, step: int, total: int) -> Pattern:
         """Return the pattern of optimizer step `step` of `total`; N:M lowers N step by step."""
         final = parse_pattern(self.pattern)

@@ -13,7 +13,7 @@ function, no restriction under grouped queries, and adapters of different select
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +108,11 @@ class S2ftConfig(AdapterConfig):
         self.units = checked_units("units", self.units)
         self.exclude_units = checked_units("exclude_units", self.exclude_units)
         self.lines: dict[str, tuple[bool, Tensor]] = {}  # module -> columns?, index; filled in by the tuner, not saved
+
+    def prepared(self, model: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> S2ftConfig:
+        """Return the settings with their units chosen, where the strategy reads text."""
+        looks = self.strategy in ("activation", "product", "gradient") and self.units is None
+        return chosen(model, self, batches()) if looks else self
 
     def wish(self) -> Wish:
         """Return how units are to be chosen."""

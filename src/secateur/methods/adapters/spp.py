@@ -89,6 +89,7 @@ class SppConfig(AdapterConfig):
     rank_pattern: dict[str, int] | None = None
 
     method: ClassVar[str] = "spp"
+    suggested_rate: ClassVar[float] = 4e-3  # the paper's for 7B
 
     def __post_init__(self) -> None:
         super().__post_init__()
