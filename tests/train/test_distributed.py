@@ -17,12 +17,14 @@ from torch import Tensor
 
 import ranks
 import secateur
-from adapted import finish, sparse_llama, zeros_of
+from adapted import sparse_llama, zeros_of
 
 TESTS = Path(ranks.__file__).parent
 SOURCE = Path(secateur.__file__).parents[1]
-LIMIT = 110  # seconds for one group of processes
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LIMIT = 270  # seconds for one group of processes, which takes 20 where nothing else runs
+PAIR = ("--standalone", "--nproc_per_node", "2")
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def launch(*words: str | Path) -> str:
@@ -61,24 +63,16 @@ def launch(*words: str | Path) -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process trains."""
     folder = tmp_path_factory.mktemp("alone")
-    for kind in (*ranks.ADAPTERS, *ranks.WHOLE):
+    for kind in ranks.KINDS["ddp"]:
         ranks.train(kind, folder / kind)
     return folder
 
 
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes train, each with the whole model."""
-    folder = tmp_path_factory.mktemp("replicated")
-    launch(*LAUNCHER, TESTS / "ranks.py", "ddp", folder, *ranks.ADAPTERS, *ranks.WHOLE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes train, each with half of the model."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launch(*LAUNCHER, TESTS / "ranks.py", "fsdp", folder, *ranks.ADAPTERS, "all weights")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes train and say."""
+    folder = tmp_path_factory.mktemp("together")
+    launch(sys.executable, "-m", "torch.distributed.run", *PAIR, TESTS / "ranks.py", folder)
     return folder
 
 
@@ -87,28 +81,71 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def check_equal(found: Path, wanted: Path) -> None:
-    """Fail unless two folders hold the same trained tensors to 1e-5."""
-    one, other = tensors(found), tensors(wanted)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+def zeros(kind: str, folder: Path) -> dict[str, Tensor]:
+    """Return the zeros of what was saved, merged if it is an adapter."""
+    if kind not in ranks.ADAPTERS:
+        return {name: tensor == 0 for name, tensor in tensors(folder).items()}
+    return zeros_of(PeftModel.from_pretrained(sparse_llama(), folder).merge_and_unload())
 
 
-def check_merges(folder: Path, kind: str) -> None:
-    """Fail unless a saved adapter merges with exactly the zeros that it promises."""
-    base = sparse_llama()
-    wanted = zeros_of(base)
-    tuned = PeftModel.from_pretrained(base, folder / kind)
-    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items() if "mask" in name}
-    merged = tuned.merge_and_unload()
-    found = zeros_of(merged)
-    if kind == "pst":
-        assert before
-        return
+each = pytest.mark.parametrize(
+    ("mode", "kind"), [(mode, kind) for mode, kinds in ranks.KINDS.items() for kind in kinds]
+)
+
+
+@each
+def test_two_processes_train_to_the_weights_of_one(mode, kind, alone, together):
+    found, wanted = tensors(together / mode / kind), tensors(alone / kind)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    begun = {name.replace(".default", ""): tensor for name, tensor in ranks.start(kind).state_dict().items()}
+    moved = [float((tensor - begun[name]).abs().max()) for name, tensor in wanted.items() if tensor.is_floating_point()]
+    assert max(moved) > 0.01  # so that 1e-5 says something
+
+
+@each
+def test_zeros_are_those_of_one_process_to_the_last_bit(mode, kind, alone, together):
+    found, wanted = zeros(kind, together / mode / kind), zeros(kind, alone / kind)
+    assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    if kind not in ("pst", "cram"):
+        before = zeros_of(sparse_llama())
+        assert all(torch.equal(found[name], before[name]) for name in found)
 
 
-@pytest.mark.parametrize("kind", [*ranks.ADAPTERS, *ranks.WHOLE])
-def test_two_replicas_train_what_one_process_does(kind, alone, replicated):
-    check_equal(replicated / kind, alone / kind)
+@pytest.mark.parametrize("mode", ranks.KINDS)
+def test_masks_that_move_are_the_same_in_all_processes(mode, together):
+    first, second = (json.loads((together / mode / f"pst masks {rank}.json").read_text()) for rank in (0, 1))
+    assert first
+    assert first == second
+
+
+def test_two_passes_survive_gradients_that_are_views_of_ddps_buffers(together):
+    assert json.loads((together / "said 0.json").read_text())["views of buffers"]
+
+
+def test_masks_given_whole_are_cut_as_the_shards_are(together):
+    assert json.loads((together / "said 1.json").read_text())["given masks"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("merge", "StateError: the weight of `model.layers.0.self_attn.q_proj` is sharded over several processes"),
+        ("merge s2ft", "StateError: the weight of `model.layers.0.self_attn.o_proj` is sharded over several processes"),
+        ("a linear alone", "RecipeError: the weight of `model.layers.0.self_attn.q_proj` is sharded by itself"),
+        ("an adapter afterwards", "RecipeError: the weights of the model are sharded already"),
+        ("kept only", "RecipeError: `KeptOnly` does not work with sharded weights"),
+        ("kept only afterwards", "RecipeError: `KeptOnly` does not work with sharded weights"),
+        ("cram", "RecipeError: CrAM does not work with sharded weights"),
+        ("cram afterwards", "RecipeError: CrAM does not work with sharded weights"),
+        ("masks from before", "RecipeError: the masks are not of the parameters that are trained"),
+        ("a dense model", "InputError: the model is not sparse"),
+    ],
+)
+def test_what_cannot_work_on_shards_is_refused_by_every_process(case, message, together):
+    for rank in (0, 1):
+        assert json.loads((together / f"said {rank}.json").read_text())[case].startswith(message)

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from secateur.core.errors import RecipeError, StateError
 from secateur.core.mask import pack_bits
 from secateur.core.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateur.core.shards import gathered
 from secateur.train.adapter import (
     AdapterConfig,
     AdapterLinear,
@@ -191,10 +192,13 @@ class PstLinear(AdapterLinear):
 
     @torch.no_grad()
     def choose_mask_(self, adapter: str, pattern: Pattern, *, fix: bool) -> None:
-        """Choose the mask anew by the current scores; with `fix` for good."""
+        """Choose the mask anew by the current scores; with `fix` for good.
+
+        Where weights are sharded (FSDP2) all processes gather them and make the same choice.
+        """
         config: Any = self.configs[adapter]
         up, down, score_up, score_down, rows, columns = self._still(adapter)
-        weight = self.original_weight().to(up.dtype)
+        weight = gathered(self.original_weight()).to(up.dtype)
         updated = torch.addmm(weight, up, down, alpha=config.scaling)
         low_rank, structure = config.importance_scaling, config.structure_scaling
         score = pst_score(updated, score_up, score_down, rows, columns, low_rank, structure)

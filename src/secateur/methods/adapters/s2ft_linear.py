@@ -236,7 +236,9 @@ class S2ftLinear(AdapterLinear):
 
         Raises:
             NumericError: if a merged value is not finite.
+            StateError: if the weight is sharded (FSDP).
         """
+        self.check_whole()
         weight = self.original_weight().clone()
         index, _, merged = self._merged(weight, adapters)
         return weight.index_copy_(int(self.columns), index, merged)
@@ -269,7 +271,9 @@ class S2ftLinear(AdapterLinear):
 
         Raises:
             NumericError: if a merged value is not finite; the weight then has no adapter merged.
+            StateError: if the weight is sharded (FSDP).
         """
+        self.check_whole()
         weight, dim = self.weight_view().detach(), int(self.columns)
         if self._overwritten is not None:
             weight.index_copy_(dim, *self._overwritten)
