@@ -2,11 +2,14 @@
 
 `python ranks.py FOLDER`, started once for each process by a launcher, trains all kinds one after the other in one
 process group, with replicas of the model and with shards of it, and saves what it trained in a folder each.
+`python ranks.py PROGRAM.py` runs another program as if it had GPUs to shard a model over.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from adapted import SETTINGS, adapt, config_of, sparse_llama
+from adapted import SETTINGS, adapt, config_of, sparse_llama, unloaded
 from conftest import random_ids, random_llama
 from secateur.core.errors import SecateurError
 from secateur.methods.adapters.pst import PstSchedule
@@ -30,8 +33,16 @@ from secateur.train.trainer import KeepZeros, TwoPassTrainer
 
 STEPS, BATCH, ACCUMULATED = 3, 4, 2  # BATCH rows for all processes together
 ADAPTERS = tuple(SETTINGS)
-KINDS = {"ddp": (*ADAPTERS, "all weights", "kept only", "cram"), "fsdp": (*ADAPTERS, "all weights")}
-MORE: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}}}
+KINDS = {
+    "ddp": (*ADAPTERS, "all weights", "kept only", "cram"),
+    "fsdp": (*ADAPTERS, "all weights"),
+    "fsdp, loaded once": ("masked_lora dora", "s2ft"),
+}
+MORE: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "fsdp, loaded once": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+}
 
 
 def arguments(folder: Path, processes: int, **more: Any) -> TrainingArguments:
@@ -59,17 +70,18 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in random_ids(samples=BATCH * ACCUMULATED * STEPS, length=12)]
 
 
-def start(kind: str) -> nn.Module:
-    """Return the model as it is before training."""
+def start(kind: str, loaded: bool = True) -> nn.Module:
+    """Return the model as it is before training, its weights in memory or not."""
     if kind in ADAPTERS:
-        return adapt(sparse_llama(), config_of(kind))
+        return adapt(sparse_llama() if loaded else unloaded(sparse_llama()), config_of(kind))
     return random_llama() if kind == "cram" else sparse_llama()
 
 
 def train(kind: str, folder: Path, processes: int = 1, **more: Any) -> Trainer:
     """Train one kind, save it as a user would, in every process, and return the trainer."""
     args = arguments(folder, processes, **more)
-    model = start(kind)
+    loads = not (more.get("fsdp_config") or {}).get("cpu_ram_efficient_loading") or torch.distributed.get_rank() == 0
+    model = start(kind, loads)
     trainer_class: Callable[..., Trainer] = Trainer
     callbacks: list[TrainerCallback] = []
     optimizers: tuple[Any, Any] = (None, None)
@@ -224,8 +236,8 @@ def main(folder: Path) -> None:
         for kind in kinds:
             trainer = train(kind, folder / mode / kind, 2, **MORE[mode])
             assert trainer.accelerator.num_processes == 2
-            assert isinstance(trainer.model, FSDPModule) == (mode == "fsdp")
-            assert all(isinstance(p, DTensor) == (mode == "fsdp") for p in trainer.model.parameters())
+            assert isinstance(trainer.model, FSDPModule) == (mode != "ddp")
+            assert all(isinstance(p, DTensor) == (mode != "ddp") for p in trainer.model.parameters())
             rank = trainer.accelerator.process_index
             (folder / mode / f"{kind} masks {rank}.json").write_text(json.dumps(masks_of(trainer.model)))
             trainer.accelerator.wait_for_everyone()
@@ -237,4 +249,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1].endswith(".py"):  # somebody's own program
+        let_accelerate_shard_on_cpu()
+        trainer = runpy.run_path(sys.argv[1], run_name="__main__")["trainer"]
+        assert trainer.accelerator.num_processes == 2
+        assert isinstance(trainer.model, FSDPModule) == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    else:
+        main(Path(sys.argv[1]))

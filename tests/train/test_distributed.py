@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from torch import Tensor
 import ranks
 import secateur
 from adapted import sparse_llama, zeros_of
+from conftest import TINY_TRAINED
 
 TESTS = Path(ranks.__file__).parent
 SOURCE = Path(secateur.__file__).parents[1]
@@ -27,8 +32,8 @@ PAIR = ("--standalone", "--nproc_per_node", "2")
 pytestmark = pytest.mark.timeout(300)
 
 
-def launch(*words: str | Path) -> str:
-    """Run a program, which starts others, and return what all have written.
+def launch(*words: str | Path, folder: Path | None = None, **settings: str) -> str:
+    """Run a program, which starts others, in a folder, and return what all have written.
 
     Fails with that text if the program fails, or does not end; no process outlives it.
     """
@@ -37,9 +42,11 @@ def launch(*words: str | Path) -> str:
         "PYTHONPATH": os.pathsep.join([str(SOURCE), str(TESTS), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        **settings,
     }
     with subprocess.Popen(
         list(map(str, words)),
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -116,7 +123,7 @@ def test_zeros_are_those_of_one_process_to_the_last_bit(mode, kind, alone, toget
         assert all(torch.equal(found[name], before[name]) for name in found)
 
 
-@pytest.mark.parametrize("mode", ranks.KINDS)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_masks_that_move_are_the_same_in_all_processes(mode, together):
     first, second = (json.loads((together / mode / f"pst masks {rank}.json").read_text()) for rank in (0, 1))
     assert first
@@ -149,3 +156,34 @@ def test_masks_given_whole_are_cut_as_the_shards_are(together):
 def test_what_cannot_work_on_shards_is_refused_by_every_process(case, message, together):
     for rank in (0, 1):
         assert json.loads((together / f"said {rank}.json").read_text())[case].startswith(message)
+
+
+def blocks(language: str) -> list[str]:
+    """Return the blocks of the guide in one language."""
+    guide = TESTS.parent / "docs" / "guides" / "distributed.md"
+    return re.findall(rf"^```{language}\n(.*?)^```$", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the guide's script has been run by one process."""
+    folder = tmp_path_factory.mktemp("guide")
+    before, script, _ = blocks("python")
+    (folder / "train.py").write_text(script)
+    with contextlib.chdir(folder):
+        exec(before.replace("builtin:smollm2-135m", str(TINY_TRAINED)) + script, {})
+    (folder / "adapter").rename(folder / "alone")
+    return folder
+
+
+@pytest.mark.parametrize("command", blocks("console"), ids=["replicas", "shards"])
+def test_the_guides_commands_train_what_one_process_does(command, guide):
+    words = shlex.split(command.replace("\\\n", " "))
+    assert (words[0], words[-1]) == ("accelerate", "train.py")
+    program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:-1], "--main_process_port", "0"]
+    launch(*program, TESTS / "ranks.py", "train.py", folder=guide, ACCELERATE_USE_CPU="true")
+    found, wanted = tensors(guide / "adapter"), tensors(guide / "alone")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+    shutil.rmtree(guide / "adapter")

@@ -9,6 +9,7 @@ steps the mask is fixed, so what is trained there is what is merged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -274,6 +275,22 @@ class PstModel(AdapterModel):
 
     prefix = "secateur_pst_"
     tuner_layer_cls = PstLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the targeted linears of `model`.
+
+        Raises:
+            RecipeError: if Accelerate is to send the weights from one process to the others, which it cannot do with
+                masks, and as `AdapterModel.inject_adapter` does.
+            InputError: as `AdapterModel.inject_adapter` does.
+        """
+        switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        if all(os.environ.get(name, "").lower() in ("1", "true") for name in switches):
+            raise RecipeError(
+                "Accelerate's `fsdp_cpu_ram_efficient_loading` sends parameters to other processes, but not PST's masks",
+                hint="set it to false",
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
 
 def advance_pst_(model: nn.Module, step: int, total: int, adapter: str | None = None) -> None:

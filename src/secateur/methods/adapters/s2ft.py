@@ -177,7 +177,13 @@ def _chosen_units(model: nn.Module, layout: Layout, config: S2ftConfig, batches:
 
     Raises:
         RecipeError: if they are none.
+        InputError: if the strategy needs weights that are not in memory.
     """
+    if config.strategy != "random" and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"the strategy `{config.strategy}` reads weights that are not in memory",
+            hint="load them in every process (`fsdp_cpu_ram_efficient_loading` false), or set `units`",
+        )
     targets: Any = copy.copy(config)
     if targets.target_modules is None or targets.target_modules == "all-linear":
         targets.target_modules = {place.module for block in layout.blocks for place in block.places.values()}
