@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from adapted import SETTINGS, adapt, config_of, sparse_llama, unloaded
+from adapted import SETTINGS, adapt, config_of, sparse_llama
 from conftest import random_ids, random_llama
 from secateur.core.errors import SecateurError
 from secateur.methods.adapters.pst import PstSchedule
@@ -36,12 +36,12 @@ ADAPTERS = tuple(SETTINGS)
 KINDS = {
     "ddp": (*ADAPTERS, "all weights", "kept only", "cram"),
     "fsdp": (*ADAPTERS, "all weights"),
-    "fsdp, loaded once": ("masked_lora dora", "s2ft"),
+    "fsdp, sent": ("s2ft", "all weights"),
 }
 MORE: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
-    "fsdp, loaded once": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "fsdp, sent": {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
 }
 
 
@@ -70,18 +70,17 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in random_ids(samples=BATCH * ACCUMULATED * STEPS, length=12)]
 
 
-def start(kind: str, loaded: bool = True) -> nn.Module:
-    """Return the model as it is before training, its weights in memory or not."""
+def start(kind: str) -> nn.Module:
+    """Return the model as it is before training."""
     if kind in ADAPTERS:
-        return adapt(sparse_llama() if loaded else unloaded(sparse_llama()), config_of(kind))
+        return adapt(sparse_llama(), config_of(kind))
     return random_llama() if kind == "cram" else sparse_llama()
 
 
 def train(kind: str, folder: Path, processes: int = 1, **more: Any) -> Trainer:
     """Train one kind, save it as a user would, in every process, and return the trainer."""
     args = arguments(folder, processes, **more)
-    loads = not (more.get("fsdp_config") or {}).get("cpu_ram_efficient_loading") or torch.distributed.get_rank() == 0
-    model = start(kind, loads)
+    model = start(kind)
     trainer_class: Callable[..., Trainer] = Trainer
     callbacks: list[TrainerCallback] = []
     optimizers: tuple[Any, Any] = (None, None)

@@ -40,6 +40,7 @@ from secateur.models.layout import KINDS, Kind, Layout, Place, find_layout
 from secateur.train.adapter import (
     AdapterConfig,
     AdapterModel,
+    adapted_linears,
     register,
     without_adapters,
 )
@@ -163,6 +164,13 @@ class S2ftModel(AdapterModel):
                 peft_config.units = _chosen_units(model, layout, peft_config)
         peft_config.lines = _lines_of(layout, peft_config.units)
         peft_config.target_modules = {name.rpartition(".")[2] for name in peft_config.lines}  # type: ignore[assignment]
+
+    def injected(self, model: nn.Module, config: S2ftConfig, adapter_name: str) -> None:
+        """Put the indices of the slices back in memory, which PEFT has thrown away where the weights are not in it."""
+        for layer in adapted_linears(model):
+            if isinstance(layer, S2ftLinear) and layer.has(adapter_name):
+                if layer.secateur_s2ft_index[adapter_name].is_meta:
+                    layer.secateur_s2ft_index[adapter_name] = config.lines[layer.name][1].clone()
 
     @staticmethod
     def _check_target_module_exists(peft_config: S2ftConfig, key: str) -> Any:

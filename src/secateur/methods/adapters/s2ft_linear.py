@@ -130,14 +130,14 @@ class S2ftLinear(AdapterLinear):
     def _find_zeros(self, adapter: str) -> None:
         """Note which entries of the slice must stay zero, as soon as the whole weight is in memory.
 
-        With FSDP only one process may have loaded the weights when adapters are made; the others see them in forward.
+        Adapters can be made before: the weight is then seen in the first forward.
         """
         weight = self.original_weight()
         if weight.is_meta or is_sharded(weight):
             self._unseen.add(adapter)
             return
         self._unseen.discard(adapter)
-        zeros = self.lines(weight).index_select(0, self.secateur_s2ft_index[adapter].to(weight.device)) == 0
+        zeros = self.lines(weight).index_select(0, self.secateur_s2ft_index[adapter]) == 0
         if zeros.any():
             self.secateur_s2ft_zeros[adapter] = zeros
 
