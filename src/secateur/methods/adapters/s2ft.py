@@ -168,9 +168,9 @@ class S2ftModel(AdapterModel):
     def injected(self, model: nn.Module, config: S2ftConfig, adapter_name: str) -> None:
         """Put the indices of the slices back in memory, which PEFT has thrown away where the weights are not in it."""
         for layer in adapted_linears(model):
-            if isinstance(layer, S2ftLinear) and layer.has(adapter_name):
-                if layer.secateur_s2ft_index[adapter_name].is_meta:
-                    layer.secateur_s2ft_index[adapter_name] = config.lines[layer.name][1].clone()
+            index = layer.secateur_s2ft_index if isinstance(layer, S2ftLinear) else {}
+            if adapter_name in index and index[adapter_name].is_meta:
+                index[adapter_name] = config.lines[layer.name][1].clone()
 
     @staticmethod
     def _check_target_module_exists(peft_config: S2ftConfig, key: str) -> Any:
