@@ -48,6 +48,14 @@ def sparse_llama(seed: int = 0, mask_seed: int = 5, **settings) -> nn.Module:
     return prune_(random_llama(seed=seed, **settings), seed=mask_seed)
 
 
+def unloaded(model: nn.Module) -> nn.Module:
+    """Take the weights of a model out of memory, but not its buffers, and return it."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.to("meta")))
+    return model
+
+
 def adapt(model: nn.Module, config: AdapterConfig, name: str = "default"):
     """Return the PEFT model."""
     from peft import get_peft_model

@@ -51,7 +51,7 @@ def anchors(page: Path) -> set[str]:
 @having("python")
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, trained_folder):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.print", lambda *words: None)
+    monkeypatch.setattr("builtins.print", lambda *words, **more: None)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # where pydantic looks up the names in annotations
     for number, text in enumerate(blocks(page, "python"), 1):

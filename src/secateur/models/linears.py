@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.core.errors import InputError, RecipeError
+from secateur.core.shards import local
 from secateur.models.blocks import Blocks, find_blocks
 from secateur.models.experts import Index, expert_linears, is_experts
 
@@ -338,9 +339,10 @@ def _shared(name: str, *owners: str) -> InputError:
 
 def _place(parameter: Tensor) -> object:
     """Return what two parameters have in common exactly if they are the same memory."""
-    if parameter.is_meta or not parameter.numel():
+    part = local(parameter)
+    if part.is_meta or not part.numel():
         return id(parameter)
-    return parameter.device, parameter.data_ptr()
+    return part.device, part.data_ptr()
 
 
 def _pattern_for(described: str) -> str:

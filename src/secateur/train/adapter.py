@@ -27,8 +27,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from secateur.core.errors import InputError, NumericError, RecipeError, missing_extra
+from secateur.core.errors import InputError, NumericError, RecipeError, StateError, missing_extra
 from secateur.core.mask import pack_bits
+from secateur.core.shards import gathered, is_sharded
 from secateur.models.experts import is_experts
 from secateur.models.linears import FLOATS, find_all_linears
 
@@ -262,6 +263,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return the weight `(out_features, in_features)` without any merged adapter, detached."""
         return self.weight_view().detach() if self._before_merge is None else self._before_merge
 
+    def check_whole(self) -> None:
+        """Raise StateError if the weight is sharded (FSDP), so that nothing can be merged or taken back."""
+        if is_sharded(self.get_base_layer().weight):
+            raise StateError(
+                f"the weight of `{self.name}` is sharded over several processes (FSDP), so no adapter can be merged",
+                hint="save the adapter with the trainer's `save_model`, and merge it into the model in one process",
+            )
+
     # --- PEFT's contract ---
 
     def has(self, adapter: str) -> bool:
@@ -290,6 +299,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what `adapter` adds to the weight, in the orientation of the parameter, float32 or wider."""
+        self.check_whole()
         weight = self.original_weight()
         delta = self.delta(adapter, _wide(weight), *self._still(adapter))
         return delta.T if self.transposed else delta
@@ -304,7 +314,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             NumericError: if a merged value is not finite.
             InputError: if the zero pattern would change.
+            StateError: if the weight is sharded (FSDP), or an adapter is not in a state to be merged.
         """
+        self.check_whole()
         self.check_mergeable(adapters)
         weight = self.original_weight()
         total = self.combined(_wide(weight), [(adapter, self._still(adapter)) for adapter in adapters])
@@ -350,6 +362,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.check_whole()
         self.weight_view().data.copy_(self._before_merge)
         self._before_merge = None
         self.merged_adapters.clear()
@@ -406,10 +419,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return output
 
     def _still(self, adapter: str) -> tuple[Tensor, ...]:
-        """Return the tensors of `adapter` as they are merged: without dropout and without gradient."""
+        """Return the tensors of `adapter` as they are merged: whole, without dropout and without gradient."""
         training, self.training = self.training, False
         try:
-            return tuple(_wide(tensor.detach()) for tensor in self.tensors(adapter))
+            return tuple(_wide(gathered(tensor)) for tensor in self.tensors(adapter))
         finally:
             self.training = training
 
@@ -418,6 +431,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         bias = None if only_delta else self.get_base_layer().bias
         if weight.is_meta and not x.is_meta:
             raise InputError(f"the weight of `{self.name}` is not in memory, so it cannot be adapted")
+        if is_sharded(weight):
+            raise RecipeError(
+                f"the weight of `{self.name}` is sharded by itself, so its adapter cannot read it",
+                hint="shard whole blocks: `auto_wrap_policy: TRANSFORMER_BASED_WRAP`",
+            )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         parts = [self.tensors(adapter) for adapter in adapters]
@@ -505,8 +523,13 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             InputError: if the adapter was made for another model or under another mask.
-            RecipeError: if its settings do not fit the model.
+            RecipeError: if its settings do not fit the model, or the model is sharded already (FSDP).
         """
+        if any(map(is_sharded, model.parameters())):
+            raise RecipeError(
+                "the weights of the model are sharded already (FSDP), so no adapter can be made for them",
+                hint="call `get_peft_model` or `PeftModel.from_pretrained` before the trainer shards the model",
+            )
         config = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         check_base(model, config)

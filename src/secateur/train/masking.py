@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.core.errors import InputError
+from secateur.core.errors import InputError, RecipeError
+from secateur.core.shards import anywhere, is_sharded, local, sharded_like
 from secateur.models.linears import find_all_linears
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -22,6 +23,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 class FixedMasks:
     """Parameters, and the positions of them that stay zero; one byte per weight on the parameter's device.
+
+    Of parameters that are sharded (FSDP2) each process masks the part that it holds.
 
     Args:
         masked: pairs of a parameter and its bool mask of the same shape, True = kept; masks are not changed.
@@ -38,7 +41,8 @@ class FixedMasks:
                     f"a mask must be bool with its parameter's shape {tuple(parameter.shape)}, "
                     f"got {mask.dtype} with shape {tuple(mask.shape)}"
                 )
-            self._pairs.append((parameter, mask.to(parameter.device, torch.int8).neg_()))  # -1, all bits set, = kept
+            part = local(sharded_like(mask.to(parameter.device), parameter))
+            self._pairs.append((parameter, part.to(torch.int8).neg_()))  # -1, all bits set, = kept
 
     @classmethod
     def from_zeros(cls, model: nn.Module) -> FixedMasks:
@@ -49,25 +53,28 @@ class FixedMasks:
         """
         parameters = {id(view.parameter): view.parameter for view in find_all_linears(model)}
         masked = [(parameter, parameter.detach() != 0) for parameter in parameters.values()]
-        if all(bool(mask.all()) for _, mask in masked):
+        if not any(anywhere(not bool(local(mask).all()), parameter) for parameter, mask in masked):
             raise InputError("the model is not sparse: no weight of its blocks is zero", hint="prune it first")
         return cls(masked)
 
     def pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return each parameter with its bool mask, True = kept, made anew from the stored bytes."""
+        """Return each parameter with its bool mask, True = kept, made anew from the stored bytes.
+
+        The mask of a sharded parameter is that of the part which this process holds.
+        """
         return [(parameter, bits != 0) for parameter, bits in self._pairs]
 
     def mask_gradients_(self) -> None:
         """Set the gradient of every pruned weight to zero; call it after backward, before clipping and the step."""
         for parameter, bits in self._pairs:
             if parameter.grad is not None:
-                _and_(parameter.grad, bits)
+                _and_(local(parameter.grad), bits)
 
     @torch.no_grad()
     def apply_(self) -> None:
         """Set every pruned weight to an exact positive zero."""
         for parameter, bits in self._pairs:
-            _and_(parameter.data, bits)
+            _and_(local(parameter), bits)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> tuple[RemovableHandle, RemovableHandle]:
         """Guard every step of `optimizer`, whichever it is, and return the handles that end the guard.
@@ -93,7 +100,7 @@ class FixedMasks:
         def hook_of(bits: Tensor) -> Callable[[Tensor], None]:
             def after(parameter: Tensor) -> None:
                 if parameter.grad is not None:
-                    _and_(parameter.grad, bits)
+                    _and_(local(parameter.grad), bits)
 
             return after
 
@@ -114,6 +121,9 @@ class KeptOnly(torch.optim.Optimizer):
         build: makes the optimizer from groups: `lambda groups: torch.optim.AdamW(groups, lr=1e-4)`.
         parameters: parameters or groups of them, as any optimizer takes them; those without mask are passed on.
         masks: the masks; pruned weights are left as they are, so they must be zero.
+
+    Raises:
+        RecipeError: here or at the first step, if the weights are sharded (FSDP).
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class KeptOnly(torch.optim.Optimizer):
         masks: FixedMasks,
     ) -> None:
         super().__init__(parameters, {})
+        self._refuse_shards()
         found = {id(parameter): mask for parameter, mask in masks.pairs()}
         self._kept: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []  # parameter, its kept weights, mask
         inner_groups = [
@@ -144,6 +155,7 @@ class KeptOnly(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; settings of the groups, such as a scheduled rate, are read anew."""
+        self._refuse_shards()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -173,6 +185,13 @@ class KeptOnly(torch.optim.Optimizer):
         """Give the settings of the groups, which a schedule may have changed, to the optimizer inside."""
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
+
+    def _refuse_shards(self) -> None:
+        if any(is_sharded(parameter) for group in self.param_groups for parameter in group["params"]):
+            raise RecipeError(
+                "`KeptOnly` does not work with sharded weights (FSDP), where every process keeps the state of its part",
+                hint="use the optimizer itself and the callback `KeepZeros()`",
+            )
 
     def _release(self) -> None:
         """Hold no copy of weights or gradients between steps."""

@@ -6,7 +6,7 @@ which no callback sees, hence the one subclass.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -56,8 +56,10 @@ class TwoPassTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.sync_gradients:
             self._window = []
             with optimizer.second_pass():
-                for again, count in window:
-                    super().training_step(model, dict(again), count)
+                for number, (again, count) in enumerate(window, 1):
+                    last = number == len(window)  # gradients are exchanged once
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        super().training_step(model, dict(again), count)
         return loss
 
 
@@ -65,7 +67,8 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """Trains all weights of a sparse model and keeps its zeros, with any Trainer and any optimizer.
 
     Args:
-        masks: which weights may change; None: the zeros that the model has when training begins.
+        masks: which weights may change; None: the zeros that the model has when training begins, which is the only
+            way where weights are sharded (FSDP).
     """
 
     def __init__(self, masks: FixedMasks | None = None) -> None:
@@ -79,8 +82,15 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             InputError: if the model has no zeros.
+            RecipeError: if the masks are of other parameters than the model has.
         """
         masks = self.masks or FixedMasks.from_zeros(kwargs["model"])
+        known = set(map(id, kwargs["model"].parameters()))
+        if any(id(parameter) not in known for parameter, _ in masks.pairs()):
+            raise RecipeError(
+                "the masks are not of the parameters that are trained; sharding (FSDP) replaces those of the model",
+                hint="`KeepZeros()` without masks takes the zeros that the model has when training begins",
+            )
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self._handles = masks.attach_gradients()
         if not isinstance(optimizer, KeptOnly):  # that one touches no other weights

@@ -241,3 +241,10 @@ def test_misuse_of_the_schedule_is_refused():
         advance_pst_(model, 3, 2)
     with pytest.raises(PatternError, match="divisible by 5"):
         adapt(random_llama(), config_of("pst", pattern="2:5"))
+
+
+def test_masks_that_accelerate_would_not_send_to_other_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(RecipeError, match="not PST's masks"):
+        adapt(random_llama(), config_of("pst"))

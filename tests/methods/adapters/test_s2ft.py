@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from adapted import adapt, config_of, sparse_llama, train, unloaded, zeros_of
 from conftest import random_ids, random_llama
 from families import prepared
 from secateur.core.errors import InputError, NumericError, RecipeError
@@ -738,3 +739,25 @@ def test_choosing_is_a_function_of_layout_and_wish_alone():
     units = choose(model, layout, Wish({"o": 1, "down": 0.1}))
     assert units == choose(model, layout, Wish({"o": 1, "down": 0.1}))
     assert s2ft.S2ftConfig(units=units).units == units
+
+
+def test_zeros_of_weights_that_come_later_are_kept():
+    base = sparse_llama()
+    weights = base.state_dict()
+    wanted = zeros_of(base)
+    tuned = adapt(unloaded(sparse_llama()), config_of("s2ft"))
+    for name, parameter in list(tuned.named_parameters()):
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        owner, _, own = name.rpartition(".")
+        value = nn.Parameter(weights[plain].clone() if plain in weights else torch.zeros(parameter.shape))
+        tuned.get_submodule(owner)._parameters[own] = value.requires_grad_(parameter.requires_grad)
+    train(tuned)
+    found = zeros_of(tuned.merge_and_unload())
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_strategy_that_reads_weights_needs_them_in_memory():
+    with torch.device("meta"):
+        model = random_llama()
+    with pytest.raises(InputError, match="reads weights that are not in memory"):
+        adapt(model, config_of("s2ft", strategy="weight"))

@@ -9,6 +9,7 @@ steps the mask is fixed, so what is trained there is what is merged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 from secateur.core.errors import RecipeError, StateError
 from secateur.core.mask import pack_bits
 from secateur.core.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateur.core.shards import gathered
 from secateur.train.adapter import (
     AdapterConfig,
     AdapterLinear,
@@ -191,10 +193,13 @@ class PstLinear(AdapterLinear):
 
     @torch.no_grad()
     def choose_mask_(self, adapter: str, pattern: Pattern, *, fix: bool) -> None:
-        """Choose the mask anew by the current scores; with `fix` for good."""
+        """Choose the mask anew by the current scores; with `fix` for good.
+
+        Where weights are sharded (FSDP2) all processes gather them and make the same choice.
+        """
         config: Any = self.configs[adapter]
         up, down, score_up, score_down, rows, columns = self._still(adapter)
-        weight = self.original_weight().to(up.dtype)
+        weight = gathered(self.original_weight()).to(up.dtype)
         updated = torch.addmm(weight, up, down, alpha=config.scaling)
         low_rank, structure = config.importance_scaling, config.structure_scaling
         score = pst_score(updated, score_up, score_down, rows, columns, low_rank, structure)
@@ -270,6 +275,22 @@ class PstModel(AdapterModel):
 
     prefix = "secateur_pst_"
     tuner_layer_cls = PstLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the targeted linears of `model`.
+
+        Raises:
+            RecipeError: if Accelerate is to send the weights from one process to the others, which it cannot do with
+                masks, and as `AdapterModel.inject_adapter` does.
+            InputError: as `AdapterModel.inject_adapter` does.
+        """
+        switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        if all(os.environ.get(name, "").lower() in ("1", "true") for name in switches):
+            raise RecipeError(
+                "Accelerate's `fsdp_cpu_ram_efficient_loading` sends parameters to other processes, but not PST's masks",
+                hint="set it to false",
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
 
 def advance_pst_(model: nn.Module, step: int, total: int, adapter: str | None = None) -> None:

@@ -40,6 +40,7 @@ from secateur.models.layout import KINDS, Kind, Layout, Place, find_layout
 from secateur.train.adapter import (
     AdapterConfig,
     AdapterModel,
+    adapted_linears,
     register,
     without_adapters,
 )
@@ -164,6 +165,13 @@ class S2ftModel(AdapterModel):
         peft_config.lines = _lines_of(layout, peft_config.units)
         peft_config.target_modules = {name.rpartition(".")[2] for name in peft_config.lines}  # type: ignore[assignment]
 
+    def injected(self, model: nn.Module, config: S2ftConfig, adapter_name: str) -> None:
+        """Put the indices of the slices back in memory, which PEFT has thrown away where the weights are not in it."""
+        for layer in adapted_linears(model):
+            index = layer.secateur_s2ft_index if isinstance(layer, S2ftLinear) else {}
+            if adapter_name in index and index[adapter_name].is_meta:
+                index[adapter_name] = config.lines[layer.name][1].clone()
+
     @staticmethod
     def _check_target_module_exists(peft_config: S2ftConfig, key: str) -> Any:
         if key in peft_config.lines:
@@ -177,7 +185,13 @@ def _chosen_units(model: nn.Module, layout: Layout, config: S2ftConfig, batches:
 
     Raises:
         RecipeError: if they are none.
+        InputError: if the strategy needs weights that are not in memory.
     """
+    if config.strategy != "random" and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"the strategy `{config.strategy}` reads weights that are not in memory",
+            hint="load them in every process (`fsdp_cpu_ram_efficient_loading` false), or set `units`",
+        )
     targets: Any = copy.copy(config)
     if targets.target_modules is None or targets.target_modules == "all-linear":
         targets.target_modules = {place.module for block in layout.blocks for place in block.places.values()}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from secateur.core.errors import NumericError
+from secateur.core.shards import is_sharded
 from secateur.train.adapter import AdapterLinear, smallest_kept
 
 # Adding the slice to a copy of the weight costs two passes over the weight, adding its product to the output costs a
@@ -107,6 +108,7 @@ class S2ftLinear(AdapterLinear):
         self.columns = False
         self.secateur_s2ft_index = BufferDict()  # adapter -> int64 (k,), ascending
         self.secateur_s2ft_zeros = BufferDict()  # adapter -> bool (k, other side), what must stay zero; often nothing
+        self._unseen: set[str] = set()  # adapters that were made while the weight was not in memory
         self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former values of what is merged
 
     def create_(self, adapter: str, config: Any, generator: torch.Generator) -> None:
@@ -121,10 +123,23 @@ class S2ftLinear(AdapterLinear):
         self.secateur_s2ft_index[adapter] = index.to(weight.device if not weight.is_meta else "cpu")
         if adapter in self.secateur_s2ft_zeros:
             del self.secateur_s2ft_zeros[adapter]
-        if config.keep_sparsity and not weight.is_meta:
-            zeros = self.lines(weight).index_select(0, self.secateur_s2ft_index[adapter]) == 0
-            if zeros.any():
-                self.secateur_s2ft_zeros[adapter] = zeros
+        self._unseen.discard(adapter)
+        if config.keep_sparsity:
+            self._find_zeros(adapter)
+
+    def _find_zeros(self, adapter: str) -> None:
+        """Note which entries of the slice must stay zero, as soon as the whole weight is in memory.
+
+        Adapters can be made before: the weight is then seen in the first forward.
+        """
+        weight = self.original_weight()
+        if weight.is_meta or is_sharded(weight):
+            self._unseen.add(adapter)
+            return
+        self._unseen.discard(adapter)
+        zeros = self.lines(weight).index_select(0, self.secateur_s2ft_index[adapter]) == 0
+        if zeros.any():
+            self.secateur_s2ft_zeros[adapter] = zeros
 
     def lines(self, matrix: Tensor) -> Tensor:
         """Return `matrix` `(out_features, in_features)` as a view whose first dimension the slices are of."""
@@ -133,6 +148,8 @@ class S2ftLinear(AdapterLinear):
     def tensors(self, adapter: str) -> tuple[Tensor, ...]:
         """Return the slice, zero where the weight must stay zero."""
         part = self.secateur_s2ft_slice[adapter]
+        if adapter in self._unseen:
+            self._find_zeros(adapter)
         if adapter in self.secateur_s2ft_zeros:
             part = part.masked_fill(self.secateur_s2ft_zeros[adapter], 0.0)
         return (part,)
@@ -236,7 +253,9 @@ class S2ftLinear(AdapterLinear):
 
         Raises:
             NumericError: if a merged value is not finite.
+            StateError: if the weight is sharded (FSDP).
         """
+        self.check_whole()
         weight = self.original_weight().clone()
         index, _, merged = self._merged(weight, adapters)
         return weight.index_copy_(int(self.columns), index, merged)
@@ -269,7 +288,9 @@ class S2ftLinear(AdapterLinear):
 
         Raises:
             NumericError: if a merged value is not finite; the weight then has no adapter merged.
+            StateError: if the weight is sharded (FSDP).
         """
+        self.check_whole()
         weight, dim = self.weight_view().detach(), int(self.columns)
         if self._overwritten is not None:
             weight.index_copy_(dim, *self._overwritten)

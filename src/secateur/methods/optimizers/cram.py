@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from secateur.core.errors import NumericError, PatternError, RecipeError, StateError
 from secateur.core.method import method
 from secateur.core.pattern import Pattern, Unstructured, parse_pattern, pruned_count
+from secateur.core.shards import is_sharded
 from secateur.models.linears import find_all_linears
 
 BINS = 1 << 16
@@ -146,6 +147,7 @@ class CrAMOptimizer(torch.optim.Optimizer):
             [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)] if model else []
         )
         self._patterns = [parse_pattern(text) for text in settings.patterns]
+        self._refuse_shards()
         self._pieces = self._find_pieces(model)
         if not self._pieces:
             raise RecipeError("the optimizer has no weight that CrAM could compress")
@@ -171,11 +173,13 @@ class CrAMOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: if there is no first gradient, or it is called inside of itself.
+            RecipeError: if the weights are sharded (FSDP).
         """
+        self._refuse_shards()
         if self._inside:
             raise StateError("the second pass has begun already")
         parameters = [p for group in self.param_groups for p in group["params"]]
-        first = {p: p.grad for p in parameters if p.grad is not None}
+        first = {p: _own(p.grad) for p in parameters if p.grad is not None}
         if not first:
             raise StateError(
                 "no weight has a gradient, so there is nothing to go uphill by", hint="call backward first"
@@ -246,6 +250,13 @@ class CrAMOptimizer(torch.optim.Optimizer):
         self.draws = int(state_dict.get("cram", {}).get("draws", 0))
         self._share()
 
+    def _refuse_shards(self) -> None:
+        if any(is_sharded(parameter) for group in self.param_groups for parameter in group["params"]):
+            raise RecipeError(
+                "CrAM does not work with sharded weights (FSDP): it compares the weights of the whole model",
+                hint="train with replicas of the model (DDP)",
+            )
+
     def _share(self) -> None:
         self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
 
@@ -299,3 +310,9 @@ class CrAMOptimizer(torch.optim.Optimizer):
         if not self.settings.plus or first is None:
             return
         parameter.grad = first if second is None else second.add_(first)
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """Return `gradient` in memory of its own: DDP may have it in a buffer that the next backward writes."""
+    alone = gradient.untyped_storage().nbytes() == gradient.nbytes
+    return gradient if alone else gradient.clone()
