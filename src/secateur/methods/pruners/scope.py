@@ -108,7 +108,7 @@ class SCOPE:
             tolerance=self.tolerance,
             important=self.important,
         )
-        found = unscaled(problem, scale, Pruned(weight, found.mask))
+        found = unscaled(problem, scale, found)
         old, new = (row_losses(point.weight - problem.weight, gram) for point in (first, found))
         better = (new < old)[:, None]
         return Pruned.keep(torch.where(better, found.weight, first.weight), torch.where(better, found.mask, first.mask))
@@ -166,9 +166,12 @@ def splice(
 
     Returns:
         A mask with as many kept entries in each row (and group), in which no exchange among the columns last looked
-        at helps, unless `swaps` ended the search; `argmin (v - target) gram (v - target)^T` on it, up to rounding. A row whose part of `gram` has no factor keeps its mask.
+        at helps, unless `swaps` ended the search; `argmin (v - target) gram (v - target)^T` on it, up to rounding. A
+        row whose part of `gram` has no factor keeps its mask.
     """
     columns = target.shape[1]
+    if not bool(mask.any()) or bool(mask.all()):
+        return Pruned.keep(target, mask)
     value = refit_iterative(target, gram, mask, target if weight is None else weight, 0.0, *SKETCH)
     chosen, counts = mask.clone(), mask.sum(1)
     bordered = torch.zeros(columns + 1, columns + 1, dtype=gram.dtype, device=gram.device)
@@ -180,7 +183,8 @@ def splice(
     rows = counts.argsort(stable=True)  # rows of like count share a batch, so that padding stays small
     while len(rows):
         moved = []
-        for batch in rows.split(at_once):
+        for start in range(0, len(rows), at_once):
+            batch = rows[start : start + at_once]
             around = _Round(target[batch], bordered, value[batch], chosen[batch], left[batch])
             around.choose_(own, important, group, None if barred is None else barred[batch])
             around.reduce_()
@@ -231,18 +235,19 @@ class _Round:
         gains.masked_fill_(closed, -torch.inf)
         if width is None:
             self.groups = 1
-            most = int(self.mask.sum(1).max())
+            most, more = (max(int(each.sum(1).max()), 1) for each in (self.mask, ~closed))
             cost, leaving = costs.topk(min(count // 2, most), dim=1, largest=False)
-            gain, entering = gains.topk(min(count // 2, int((~closed).sum(1).max())), dim=1)
+            gain, entering = gains.topk(min(count // 2, more), dim=1)
             self.kept = leaving.shape[1]
             self.chosen = torch.cat([leaving, entering], 1)
             self.shut = torch.cat([cost == torch.inf, gain == -torch.inf], 1)
         else:
-            best = gains.unflatten(1, (-1, width)).amax(2) - costs.unflatten(1, (-1, width)).amin(2)
+            shape = (len(costs), -1, width)
+            best = gains.reshape(shape).amax(2) - costs.reshape(shape).amin(2)
             self.groups = min(max(count // width, 1), best.shape[1])
             group = best.topk(self.groups, dim=1).indices
             inside = group[:, :, None] * width + torch.arange(width, device=group.device)  # (b, groups, width)
-            kept = self.mask.gather(1, inside.flatten(1)).unflatten(1, (-1, width))
+            kept = self.mask.gather(1, inside.flatten(1)).reshape(shape)
             inside = inside.gather(2, kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True))
             per_group = int(kept[0, 0].sum())
             self.kept = per_group * self.groups
@@ -332,20 +337,12 @@ def _best(table: Tensor, kept: int, shut: Tensor, groups: int) -> tuple[Tensor, 
     residual = value[:, kept:] * fresh
     gains = residual.square().masked_fill_(shut[:, kept:], -torch.inf)
     answer, own = table[:, :kept, kept:-1], -own[:, :kept]
-    if groups > 1:  # (b, kept of a group, dropped of a group, groups)
-        answer = answer.unflatten(2, (groups, -1)).unflatten(1, (groups, -1)).diagonal(dim1=1, dim2=3)
-        weight, own = (each.unflatten(1, (groups, -1)).transpose(1, 2)[:, :, None] for each in (weight, own))
-        fresh, residual, gains = (
-            each.unflatten(1, (groups, -1)).transpose(1, 2)[:, None] for each in (fresh, residual, gains)
-        )
-    else:
-        weight, own, fresh, residual, gains = (
-            weight[:, :, None],
-            own[:, :, None],
-            fresh[:, None],
-            residual[:, None],
-            gains[:, None],
-        )
+    # (b, kept of a group, dropped of a group, groups)
+    answer = answer.reshape(len(table), groups, kept // groups, groups, -1).diagonal(dim1=1, dim2=3)
+    weight, own = (each.reshape(len(table), groups, -1).transpose(1, 2)[:, :, None] for each in (weight, own))
+    fresh, residual, gains = (
+        each.reshape(len(table), groups, -1).transpose(1, 2)[:, None] for each in (fresh, residual, gains)
+    )
     answer = answer * fresh
     cost = torch.addcmul(weight, answer, residual, value=-1).square_()
     cost /= torch.addcmul(own, answer, answer)
@@ -397,7 +394,7 @@ def _columns(values: Tensor, slots: Tensor) -> Tensor:
 
 def _rows(values: Tensor, slots: Tensor) -> Tensor:
     """Return `(b, q, m)`: the rows `slots`, `(b, q)`, of `values`, `(n, m)`."""
-    return values.index_select(0, slots.flatten()).unflatten(0, slots.shape)  # a third of the time of indexing
+    return values.index_select(0, slots.flatten()).reshape(*slots.shape, -1)  # a third of the time of indexing
 
 
 def _slots(mask: Tensor) -> Tensor:
