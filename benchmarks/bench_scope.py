@@ -1,8 +1,9 @@
 """SCOPE: exact exchanges of all rows at once against the published splicing row by row, from the same first mask.
 
 The reference ranks by its approximate scores and refits to see whether an exchange pays; it stops where these scores
-find nothing more. Ours knows the refitted loss of every exchange and stops where none is left. An objective ratio below
-1 means that ours loses less; `base` is the loss of the first mask with exact weights, for comparison.
+find nothing more. Ours knows the refitted loss of every exchange among the important columns and stops where none of
+them is left. An objective ratio below 1 means that ours loses less; `base` is the loss of the first mask with exact
+weights, for comparison.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_scope.py [--quick]
 """

@@ -19,7 +19,7 @@ from secateur.core.problem import LayerProblem
 from secateur.core.solve import solve
 from secateur.methods.pruners import scope
 from secateur.methods.pruners.alps import ALPS, standardised
-from secateur.methods.pruners.dsnot import DSnoT
+from secateur.methods.pruners.dsnot import DSnoT, row_losses
 from secateur.methods.pruners.magnitude import Magnitude
 from secateur.methods.pruners.scope import SCOPE, splice
 from secateur.methods.pruners.sparsegpt import SparseGPT
@@ -66,62 +66,115 @@ def state(columns: int, seed: int, group: int | None = None, rows: int = 3) -> t
     return target, gram, pattern.mask(random_weight(rows, columns, seed + 1).abs(), "row")
 
 
+def a_round(target: Tensor, gram: Tensor, mask: Tensor, important: int, group: int | None) -> scope._Round:
+    """A round up to where its exchanges begin."""
+    columns = len(gram)
+    bordered = torch.zeros(columns + 1, columns + 1, dtype=gram.dtype)
+    bordered[:columns, :columns] = gram
+    found = scope._Round(target, bordered, target * mask, mask, torch.full((len(target),), 1000))
+    found.choose_(torch.ones(columns, dtype=gram.dtype), important, group, None)
+    found.reduce_()
+    return found
+
+
+def table_of(row: Tensor, gram: Tensor, kept: list[int], chosen: list[int]) -> Tensor:
+    """The rows of [[-A, T, w], [T', B, R]] of the chosen columns, kept or not, from their definitions."""
+    size = len(gram)
+    dropped = [k for k in range(size) if k not in kept]
+    inverse = torch.linalg.inv(gram[kept][:, kept])
+    weight = inverse @ gram[kept] @ row
+    error = row.clone()
+    error[kept] -= weight
+    full = torch.zeros(size, size + 1, dtype=gram.dtype)
+    answer = inverse @ gram[kept][:, dropped]
+    for place, one in enumerate(kept):
+        full[one, kept], full[one, dropped], full[one, size] = -inverse[place], answer[place], weight[place]
+    for place, one in enumerate(dropped):
+        full[one, kept] = answer[:, place]
+        full[one, dropped] = gram[one, dropped] - gram[one, kept] @ answer
+        full[one, size] = error @ gram[:, one]
+    return full[chosen][:, [*chosen, size]]
+
+
+@pytest.mark.parametrize("important", [8, 16, 64])
 @pytest.mark.parametrize("group", [None, 4, 8])
-def test_a_hundred_exchanges_leave_the_updates_exact(group):
+def test_a_hundred_exchanges_leave_the_table_exact(group, important):
     target, gram, mask = state(24, 3, group)
-    bordered = torch.zeros(25, 25, dtype=torch.float64)
-    bordered[:24, :24] = gram
-    rows = torch.arange(3)
-    batch = scope._Batch(rows, target, bordered, mask, None, group)
+    around = a_round(target, gram, mask, important, group)
     generator = torch.Generator().manual_seed(0)
-    kept = batch.kept.shape[1]
+    kept, size = around.kept, around.chosen.shape[1]
+    for row in range(3):
+        now = mask[row].nonzero().squeeze(1).tolist()
+        expected = table_of(target[row], gram, now, around.chosen[row].tolist())
+        torch.testing.assert_close(around.table[row], expected, rtol=1e-8, atol=1e-8)
+        assert float(around.loss[row]) == pytest.approx(float(fitted_losses(target[row], gram, [now])), rel=1e-9)
+    place = torch.arange(size).expand(3, -1).clone()
     for _ in range(100):
-        leaving = torch.randint(kept, (3,), generator=generator)
-        if group:
-            half = group // 2
-            entering = leaving // half * half + torch.randint(half, (3,), generator=generator)
-        else:
-            entering = torch.randint(24 - kept, (3,), generator=generator)
-        batch.swap_(torch.zeros(3, dtype=torch.float64), leaving, entering)
-    result, chosen = torch.zeros_like(target), mask.clone()
-    batch.write_(result, chosen, batch.moving)
-    assert torch.equal(chosen.sum(1), mask.sum(1))
-    fresh = scope._Batch(rows, target, bordered, chosen, None, group)
-    renamed = [[row.tolist().index(c) for c in new.tolist()] for row, new in zip(batch.kept, fresh.kept, strict=True)]
-    places = torch.tensor(renamed)
-    inverse = batch.inverse.gather(1, places[:, :, None].expand(-1, -1, kept)).gather(
-        2, places[:, None, :].expand(-1, kept, -1)
-    )
-    torch.testing.assert_close(inverse, fresh.inverse, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(batch.weight.gather(1, places), fresh.weight, rtol=1e-8, atol=1e-8)
-    for name in ("fresh", "residual"):
-        ours = torch.zeros(3, 24, dtype=torch.float64).scatter(1, batch.dropped, getattr(batch, name))
-        theirs = torch.zeros(3, 24, dtype=torch.float64).scatter(1, fresh.dropped, getattr(fresh, name))
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
-    if group:  # slots stay with their groups
-        assert torch.equal(batch.kept // group, fresh.kept // group)
+        out = torch.randint(kept, (3,), generator=generator)
+        into = torch.randint(kept, size, (3,), generator=generator)
+        scope._exchange_(around.table, place, out, into, torch.tensor([True, True, False]))
+    assert torch.equal(place[2], torch.arange(size))  # the row that does not go
+    for row in range(3):
+        chosen = around.chosen[row][place[row]].tolist()
+        rest = set(mask[row].nonzero().squeeze(1).tolist()) - set(around.chosen[row].tolist())
+        expected = table_of(target[row], gram, sorted({*rest, *chosen[:kept]}), chosen)
+        torch.testing.assert_close(around.table[row], expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("columns", [12, 40])
-def test_the_gain_of_the_best_exchange_is_that_of_refitting_every_pair(columns, group):
+@pytest.mark.parametrize("important", [8, 128])
+def test_the_gain_of_the_best_exchange_is_that_of_refitting_every_pair(columns, group, important):
     target, gram, mask = state(columns, 5, group)
-    bordered = torch.zeros(columns + 1, columns + 1, dtype=torch.float64)
-    bordered[:columns, :columns] = gram
-    batch = scope._Batch(torch.arange(3), target, bordered, mask, None, group)
-    before = batch.loss.clone()
-    gain, leaving, entering = batch.best_swaps()
-    batch.swap_(gain, leaving, entering)
+    around = a_round(target, gram, mask, important, group)
+    gain, out, into = scope._best(around.table, around.kept, around.shut, around.groups)
     for row in range(3):
         kept = mask[row].nonzero().squeeze(1).tolist()
-        now = fitted_losses(target[row], gram, [kept, sorted(batch.kept[row].tolist())])
-        assert before[row] == pytest.approx(float(now[0]), rel=1e-9)
-        assert before[row] - gain[row] == pytest.approx(float(now[1]), rel=1e-8)
-        best = fitted_losses(target[row], gram, neighbours(kept, columns, group)).min()
-        if columns <= 2 * scope.PROMISING:
-            assert float(now[1]) == pytest.approx(float(best), rel=1e-8)
-        else:  # the most promising columns only, as long as they lead anywhere
-            assert best * (1 - 1e-9) <= now[1] < now[0]
+        chosen = around.chosen[row].tolist()
+        near = neighbours(kept, columns, group)
+        near = [other for other in near if set(other) ^ set(kept) <= set(chosen)]
+        best = fitted_losses(target[row], gram, near).min()
+        exchanged = sorted({*kept, chosen[into[row]]} - {chosen[out[row]]})
+        assert float(fitted_losses(target[row], gram, [exchanged])) == pytest.approx(float(best), rel=1e-8)
+        assert around.loss[row] - gain[row] == pytest.approx(float(best), rel=1e-8)
+
+
+@given(seed=seeds, important=st.integers(2, 40), pattern=st.sampled_from([NM(2, 4), NM(1, 8), Unstructured(0.6)]))
+@quick
+def test_however_few_columns_are_important_no_row_loses(seed, important, pattern):
+    problem = problem_of(pattern, 6, 32, seed)
+    first = Wanda().prune(problem)
+    group = pattern.m if isinstance(pattern, NM) else None
+    target, gram = problem.weight.double(), problem.gram.double() + 1e-3 * torch.eye(32)
+    exact = refit_exact(target, gram, first.mask, 0.0)
+    found = splice(target, gram, first.mask, group=group, important=important)
+    pattern.check(found.mask, "row")
+    assert torch.equal(found.mask.sum(1), first.mask.sum(1))
+    torch.testing.assert_close(found.weight, refit_exact(target, gram, found.mask, 0.0), rtol=1e-6, atol=1e-8)
+    assert (row_losses(found.weight - target, gram) <= row_losses(exact - target, gram) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "row"), Unstructured(0.6), NM(2, 4)], ids=str)
+def test_where_nothing_may_come_in_the_mask_stays_and_the_weights_are_exact(pattern):
+    problem = problem_of(pattern)
+    mask = Wanda().prune(problem).mask
+    gram = problem.gram + 1e-2 * torch.eye(32)
+    found = splice(problem.weight, gram, mask, barred=~mask, group=4 if isinstance(pattern, NM) else None)
+    assert torch.equal(found.mask, mask)
+    torch.testing.assert_close(found.weight, refit_exact(problem.weight, gram, mask, 0.0), rtol=1e-3, atol=1e-4)
+
+
+def test_empty_and_whole_rows_are_batches_like_others(monkeypatch):
+    monkeypatch.setattr(scope, "CPU_BYTES", 1)  # one row at a time
+    target, gram, _ = state(16, 3, rows=4)
+    mask = torch.zeros(4, 16, dtype=torch.bool)
+    mask[1], mask[2, :5], mask[3, 0] = True, True, True
+    found = splice(target, gram, mask)
+    assert found.mask.sum(1).tolist() == [0, 16, 5, 1]
+    assert torch.equal(found.weight[0], torch.zeros(16, dtype=torch.float64))
+    torch.testing.assert_close(found.weight[1], target[1])
+    for kind in (mask[:1], mask[1:2]):
+        assert torch.equal(splice(target[:1], gram, kind).mask, kind)
 
 
 @pytest.mark.parametrize("group", [None, 4])
@@ -358,7 +411,15 @@ def test_needs_scope_and_score_are_the_bases():
 
 
 @pytest.mark.parametrize(
-    "field", [{"swaps": -1}, {"tolerance": -1.0}, {"damping": 0.0}, {"damping": float("nan")}, {"base": "wanda"}]
+    "field",
+    [
+        {"swaps": -1},
+        {"tolerance": -1.0},
+        {"damping": 0.0},
+        {"damping": float("nan")},
+        {"important": 1},
+        {"base": "wanda"},
+    ],
 )
 def test_hyper_parameters_out_of_range_are_refused(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
