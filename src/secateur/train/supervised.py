@@ -358,6 +358,7 @@ def _settings(
         eval_strategy="steps" if during else "no",
         eval_steps=training.evaluate_every if during else None,
         logging_steps=training.log_every,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if save else "no",
         save_steps=training.save_every,
