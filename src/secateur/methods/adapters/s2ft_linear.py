@@ -301,6 +301,13 @@ class S2ftLinear(AdapterLinear):
             weight.index_copy_(dim, index, merged)
             self._overwritten, self.merged_adapters = (index, former), names
 
+    def overwritten(self) -> tuple[Tensor, Tensor] | None:
+        """Return the index of what the merged adapters changed, and its former values; None if nothing is merged.
+
+        The index is int64 `(k,)`; the values are columns `(out_features, k)` or rows `(k, in_features)`.
+        """
+        return self._overwritten
+
     def _merged(self, weight: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the index of the rows or columns that change, what they are, and what they become.
 
