@@ -18,37 +18,65 @@ from conftest import TINY_TRAINED, random_llama
 from secateur.core import faults
 from secateur.core.errors import InputError, NumericError, RecipeError, StateError
 from secateur.methods.registry import REGISTRY
-from secateur.models.linears import find_all_linears
+from secateur.models.fingerprint import fingerprint
 from secateur.models.publish import is_complete
 from secateur.recipe import adapters
-from secateur.recipe.adapter_folder import METHODS, read_adapter
+from secateur.recipe.adapter_folder import METHODS
 from secateur.recipe.switch_file import SWITCH_FILE
 from secateur.train.adapter import method_name
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 
 
-def save_base(folder: Path, dtype=torch.float32, sparse: bool = True, seed: int = 0, mask_seed: int = 5) -> Path:
-    """Write a random sparse LLaMA with a tokenizer."""
-    model = random_llama(seed=seed)
-    if sparse:
-        prune_(model, seed=mask_seed)
-    model.to(dtype).save_pretrained(folder)
+@pytest.fixture(scope="module", autouse=True)
+def made(tmp_path_factory):
+    """Makes each model and adapter once; tests get copies."""
+    MADE.clear()
+    MADE["folder"] = tmp_path_factory.mktemp("made")
+    return MADE
+
+
+MADE: dict = {}
+
+
+def copy_of(key: tuple, make, folder: Path) -> Path:
+    """Return `folder`, filled with what `make` writes for `key`."""
+    if key not in MADE:
+        MADE[key] = MADE["folder"] / str(len(MADE))
+        make(MADE[key])
+    shutil.copytree(MADE[key], folder)
     return folder
 
 
-def save_adapter(base: Path, folder: Path, kind: str, seed: int = 1, dtype=None, **settings) -> Path:
+def save_base(folder: Path, dtype=torch.float32, sparse: bool = True, seed: int = 0, mask_seed: int = 5) -> Path:
+    """Write a random sparse LLaMA."""
+
+    def make(path: Path) -> None:
+        model = random_llama(seed=seed)
+        if sparse:
+            prune_(model, seed=mask_seed)
+        model.to(dtype).save_pretrained(path)
+
+    return copy_of((dtype, sparse, seed, mask_seed), make, folder)
+
+
+def save_adapter(base: Path, folder: Path, kind: str, seed: int = 1, **settings) -> Path:
     """Train nothing, but give an adapter of some kind values that matter, and save it."""
-    model = secateur.load(base).model
-    if kind in ("lora", "dora"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(**{**LORA, "use_dora": kind == "dora", **settings}))
-    else:
-        model = adapt(model, config_of(kind, **settings))
-        shake(model, seed)
-        finish(model)
-    model.save_pretrained(folder)
+
+    def make(path: Path) -> None:
+        model = secateur.load(base).model
+        if kind in ("lora", "dora"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = get_peft_model(model, LoraConfig(**{**LORA, "use_dora": kind == "dora", **settings}))
+        else:
+            model = adapt(model, config_of(kind, **settings))
+            shake(model, seed)
+            finish(model)
+        model.save_pretrained(path)
+
+    copy_of((fingerprint(base), kind, seed, repr(settings)), make, folder)
+    edit(folder, base_model_name_or_path=str(base))
     return folder
 
 
@@ -329,7 +357,7 @@ def test_an_adapter_for_another_model_or_mask_is_refused(kind, base, tmp_path):
         secateur.merge(adapter, model=masked)
     wide = tmp_path / "wide"
     random_llama(hidden=64).save_pretrained(wide)
-    with pytest.raises(InputError, match="is 64x128, not 32x64|is 64x64, not 32x32"):
+    with pytest.raises(InputError, match=r"is 64x128, not 32x64|is 64x64, not 32x32"):
         secateur.merge(adapter, model=wide)
 
 
@@ -347,12 +375,12 @@ def test_lora_for_a_model_of_another_shape_is_refused(tmp_path):
 def test_a_base_that_is_not_known_or_not_there_is_asked_for(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter", "spp")
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(InputError, match="base model `.*base` that `.*adapter_config.json` names") as caught:
+    with pytest.raises(InputError, match=r"base model `.*base` that `.*adapter_config.json` names") as caught:
         secateur.merge(adapter)
     assert "--model" in caught.value.hint
     assert secateur.merge(adapter, model=tmp_path / "moved").report["zero_pattern"]["identical"]
     edit(adapter, base_model_name_or_path=None)
-    with pytest.raises(InputError, match="`base_model_name_or_path` .* is empty") as caught:
+    with pytest.raises(InputError, match=r"`base_model_name_or_path` .* is empty") as caught:
         secateur.merge(adapter)
     assert "--model" in caught.value.hint
 
@@ -364,7 +392,7 @@ def test_an_existing_output_and_the_inputs_are_never_overwritten(base, tmp_path)
         secateur.merge(adapter, output=tmp_path / "merged")
     secateur.merge(adapter, output=tmp_path / "merged", overwrite=True)
     for output in (base, base / "inside", adapter, tmp_path):
-        with pytest.raises(InputError, match="the output `.*` (is|holds|lies in) the folder of the"):
+        with pytest.raises(InputError, match=r"the output `.*` (is|holds|lies in) the folder of the"):
             secateur.merge(adapter, output=output, overwrite=True)
     link = tmp_path / "link"
     link.symlink_to(base)
@@ -438,3 +466,222 @@ def test_every_adapter_of_the_shelf_has_its_short_name():
     for entry in REGISTRY:
         if entry.kind == "adapter":
             assert METHODS[str(method_name(entry.load()))] == entry.name
+
+
+# --- switch ---
+
+
+@pytest.fixture
+def switchable(base, tmp_path) -> dict[str, Path]:
+    """Three S2FT adapters of different selections, and a folder with the first merged."""
+    found = {
+        "one": save_adapter(base, tmp_path / "one", "s2ft", seed=1),
+        "two": save_adapter(base, tmp_path / "two", "s2ft", seed=2, **{"coupled": True}),
+        "three": save_adapter(base, tmp_path / "three", "s2ft", seed=3, o=1, down=5),
+    }
+    edit(found["three"], seed=11)
+    secateur.merge(found["one"], output=tmp_path / "merged")
+    return {**found, "merged": tmp_path / "merged"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_sequence_of_switches_that_ends_at_none_gives_the_bits_of_the_base(dtype, tmp_path):
+    base = save_base(tmp_path / "base", dtype)
+    names = {}
+    for seed, (name, settings) in enumerate(
+        {"one": {}, "two": {"coupled": True}, "three": {"o": 1, "down": 5}}.items()
+    ):
+        names[name] = save_adapter(base, tmp_path / name, "s2ft", seed, **settings)
+        secateur.merge(names[name], output=tmp_path / f"merged-{name}")
+    model = tmp_path / "merged-one"
+    wanted = {name: (tmp_path / f"merged-{name}" / "model.safetensors").read_bytes() for name in names}
+    for name in ("two", "three", "one", "one", "none", "three", "none", "none", "two", "none"):
+        report = adapters.switch(model, names.get(name, "none")).report
+        assert is_complete(model)
+        assert report["zero_pattern"]["identical"]
+        side = json.loads((model / "secateur.json").read_text())
+        if name == "none":
+            old, new = weights_of(base), weights_of(model)
+            assert old.keys() == new.keys()
+            assert all(torch.equal(old[key].view(torch.uint8), new[key].view(torch.uint8)) for key in old)
+            assert side["switch"]["adapter"] is None
+            assert not (model / SWITCH_FILE).exists()
+        else:
+            assert (model / "model.safetensors").read_bytes() == wanted[name]
+            assert side["switch"]["adapter"]["name"] == name
+        assert side["base_model"]["spec"] == str(base)
+
+
+def test_a_switch_needs_no_base_and_may_go_elsewhere(switchable, base, tmp_path):
+    shutil.rmtree(base)
+    (switchable["merged"] / "README.md").write_text("mine")
+    before = digests(switchable["merged"])
+    report = adapters.switch(switchable["merged"], switchable["two"], output=tmp_path / "elsewhere").report
+    assert (report["taken_out"]["name"], report["adapter"]["name"]) == ("one", "two")
+    assert {**before, "elsewhere": "there", ".elsewhere.lock": "there"} == {
+        **digests(switchable["merged"]),
+        ".elsewhere.lock": "there",
+    }
+    adapters.switch(switchable["merged"], switchable["two"])
+    assert (switchable["merged"] / "README.md").read_text() == "mine"
+    same = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("elsewhere", "merged"))
+    assert len(set(same)) == 1
+
+
+def test_what_is_stored_to_take_an_adapter_out_is_no_more_than_the_lines_it_changed(switchable, tmp_path):
+    stored = load_file(switchable["merged"] / SWITCH_FILE)
+    lines = sum(len(tensor) for name, tensor in stored.items() if name.endswith(".index"))
+    assert lines == adapters.list_adapters(switchable["one"])["adapters"][0]["lines"]
+    assert sum(tensor.nbytes for tensor in stored.values()) == lines * (8 + 4 * 32)
+
+
+def spoilt(name: str, folder: Path) -> None:
+    side = folder / "secateur.json"
+    match name:
+        case "lines lost":
+            (folder / SWITCH_FILE).unlink()
+        case "lines cut":
+            (folder / SWITCH_FILE).write_bytes((folder / SWITCH_FILE).read_bytes()[:-9])
+        case "other linears":
+            found = json.loads(side.read_text())
+            found["switch"]["linears"].popitem()
+            side.write_text(json.dumps(found))
+        case "no record":
+            found = json.loads(side.read_text())
+            del found["switch"]
+            side.write_text(json.dumps(found))
+        case "malformed":
+            found = json.loads(side.read_text())
+            name = min(found["switch"]["linears"])
+            found["switch"]["linears"][name]["columns"] = "yes"
+            side.write_text(json.dumps(found))
+        case "trained since":
+            tensors = weights_of(folder)
+            for tensor in tensors.values():
+                tensor.mul_(1.01)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+SPOILT = {
+    "lines lost": f"no `{SWITCH_FILE}`",
+    "lines cut": "is truncated",
+    "other linears": "does not hold the linears",
+    "no record": "no S2FT adapter that can be taken out",
+    "malformed": "malformed",
+    "trained since": "were changed since the adapter was merged",
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_model_whose_adapter_cannot_be_taken_out_is_left_alone(fault, switchable):
+    spoilt(fault, switchable["merged"])
+    before = digests(switchable["merged"])
+    with pytest.raises(InputError, match=SPOILT[fault]):
+        adapters.switch(switchable["merged"], "none")
+    assert digests(switchable["merged"]) == before
+
+
+def test_a_switch_to_what_does_not_fit_is_refused(switchable, base, tmp_path):
+    before = digests(switchable["merged"])
+    for path, words in (
+        (save_adapter(base, tmp_path / "spp", "spp"), "only rows and columns of S2FT"),
+        (tmp_path / "nowhere", "no adapter folder"),
+        (save_adapter(save_base(tmp_path / "other", mask_seed=9), tmp_path / "masked", "s2ft"), "under another mask"),
+    ):
+        with pytest.raises(InputError, match=words):
+            adapters.switch(switchable["merged"], path)
+    with pytest.raises(InputError, match="no S2FT adapter that can be taken out"):
+        adapters.switch(base, switchable["one"])
+    with pytest.raises(InputError, match="no model folder"):
+        adapters.switch(tmp_path / "nowhere", "none")
+    assert digests(switchable["merged"]).items() >= {k: v for k, v in before.items() if v != "there"}.items()
+
+
+@pytest.mark.parametrize("place", ["save.switch", "publish.manifest", "publish.aside", "publish.rename"])
+def test_a_switch_in_place_that_fails_leaves_the_model_whole(place, switchable, monkeypatch):
+    before = (switchable["merged"] / "model.safetensors").read_bytes()
+    monkeypatch.setenv(faults.VARIABLE, f"{place}:1:raise")
+    faults.forget()
+    with pytest.raises(faults.InjectedError):
+        adapters.switch(switchable["merged"], switchable["two"])
+    monkeypatch.delenv(faults.VARIABLE)
+    assert (switchable["merged"] / "model.safetensors").read_bytes() == before
+    assert is_complete(switchable["merged"])
+    adapters.switch(switchable["merged"], switchable["two"])
+
+
+# --- fuse and export ---
+
+
+def test_fused_s2ft_adapters_are_their_weighted_sum(switchable, base, tmp_path):
+    report = adapters.fuse({switchable["one"]: 0.7, switchable["two"]: -0.3}, output=tmp_path / "fused")
+    assert report["method"] == "s2ft"
+    sums = {name: weight.double() for name, weight in weights_of(base).items()}
+    for name, factor in (("one", 0.7), ("two", -0.3)):
+        model = secateur.merge(switchable[name]).model
+        for key, weight in weights_of(base).items():
+            sums[key] += factor * (model.state_dict()[key].double() - weight.double())
+    fused = secateur.merge(tmp_path / "fused", output=tmp_path / "merged-fused")
+    assert fused.report["zero_pattern"]["identical"]
+    for key, weight in sums.items():
+        torch.testing.assert_close(fused.model.state_dict()[key].double(), weight, rtol=1e-5, atol=1e-6)
+    adapters.switch(switchable["merged"], tmp_path / "fused")
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 7}, "lora_alpha": 3}])
+def test_fused_lora_adapters_are_their_weighted_sum(settings, tmp_path):
+    base = save_base(tmp_path / "base", sparse=False)
+    one = save_adapter(base, tmp_path / "one", "lora", seed=1, **settings)
+    two = save_adapter(base, tmp_path / "two", "lora", seed=2, r=3, target_modules=["q_proj", "up_proj"])
+    adapters.fuse({one: 0.5, two: -2.0}, output=tmp_path / "fused")
+    sums = {name: weight.double() for name, weight in weights_of(base).items()}
+    for path, factor in ((one, 0.5), (two, -2.0)):
+        model = secateur.merge(path).model
+        for key, weight in weights_of(base).items():
+            sums[key] += factor * (model.state_dict()[key].double() - weight.double())
+    fused = secateur.merge(tmp_path / "fused").model
+    for key, weight in sums.items():
+        torch.testing.assert_close(fused.state_dict()[key].double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_fusing_what_has_no_sum_is_refused(switchable, base, tmp_path):
+    one, two = switchable["one"], switchable["two"]
+    spp, lora = (save_adapter(base, tmp_path / kind, kind) for kind in ("spp", "lora"))
+    dora = save_adapter(base, tmp_path / "dora", "dora")
+    other = save_adapter(save_base(tmp_path / "other"), tmp_path / "lora-of-other", "lora")
+    cases = (
+        ({}, RecipeError, "no adapter is given"),
+        ({one: float("nan"), two: 1.0}, RecipeError, "must be a finite number, got nan"),
+        ({one: float("inf")}, RecipeError, "must be a finite number, got inf"),
+        ({one: "x"}, RecipeError, "must be a finite number, got 'x'"),
+        ({one: 1.0, str(one) + "/": 1.0}, RecipeError, "named twice"),
+        ({one: 1.0, lora: 1.0}, InputError, "is a s2ft adapter and .* is a lora one"),
+        ({spp: 1.0}, InputError, "cannot be fused: its update is a product"),
+        ({dora: 1.0}, InputError, "cannot be fused: its row lengths"),
+        ({lora: 1.0, other: 1.0}, InputError, "is for the base model `.*base` and .* for `.*other`"),
+    )
+    for given, error, words in cases:
+        with pytest.raises(error, match=words):
+            adapters.fuse(given, output=tmp_path / "fused")
+    with pytest.raises(InputError, match=r"under another mask|for another model"):
+        adapters.fuse({one: 1.0}, output=tmp_path / "fused", model=save_base(tmp_path / "third", mask_seed=8))
+    assert not (tmp_path / "fused").exists()
+    with pytest.raises(InputError, match="is the folder of the adapter"):
+        adapters.fuse({one: 1.0}, output=one, overwrite=True)
+    edit(lora, kasa_config={"x": 1})
+    with pytest.raises(InputError, match=r"`kasa_config` .* has no exact sum"):
+        adapters.fuse({lora: 1.0}, output=tmp_path / "fused")
+
+
+def test_an_exported_adapter_is_lora_with_the_same_outputs(switchable, base, tmp_path):
+    report = adapters.export_lora_adapter(switchable["two"], output=tmp_path / "lora")
+    assert report["method"] == "lora"
+    ours = PeftModel.from_pretrained(secateur.load(base).model, switchable["two"]).eval()
+    theirs = PeftModel.from_pretrained(secateur.load(base).model, tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    with pytest.raises(StateError, match="exists"):
+        adapters.export_lora_adapter(switchable["two"], output=tmp_path / "lora")
+    with pytest.raises(InputError, match="is a lora adapter of PEFT already"):
+        adapters.export_lora_adapter(tmp_path / "lora", output=tmp_path / "again")
+    with pytest.raises(InputError, match="no product of two small matrices"):
+        adapters.export_lora_adapter(save_adapter(base, tmp_path / "spp", "spp"), output=tmp_path / "again")
