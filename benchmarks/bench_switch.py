@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur.methods.adapters.s2ft_exchange import prepare_switches_, s2ft_linears, switch_
+from secateur.methods.adapters.s2ft_exchange import forget_switches_, prepare_switches_, s2ft_linears, switch_
 
 PAIR = ("one", "two")
 CASES = (("equal parameters", 282), ("32 columns a block", 32))
@@ -81,6 +81,7 @@ def bench_switch(case: str, ours: PeftModel, theirs: PeftModel, repeats: int) ->
             save_file(weights, Path(folder) / f"{name}.safetensors")
         switch_(ours, "__base__")
         other = copy.deepcopy(ours)
+        forget_switches_(other)  # stored by rows, as the file is
 
         def reload(name: str) -> None:
             other.load_state_dict(load_file(Path(folder) / f"{name}.safetensors"), strict=False)
