@@ -486,7 +486,7 @@ def methods(
 @app.command()
 def merge(
     context: typer.Context,
-    adapter: o.Adapter,
+    adapter: o.AdapterPath,
     model: o.BaseModel = None,
     fill_zeros: o.FillZeros = False,
     keep_mask: o.KeepMask = False,
@@ -553,7 +553,7 @@ def adapters_switch(
 @adapters.command("export")
 def adapters_export(
     context: typer.Context,
-    adapter: o.Adapter,
+    adapter: o.AdapterPath,
     format: o.AdapterFormat = "lora",
     model: o.BaseModel = None,
     output: o.Output = None,

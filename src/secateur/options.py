@@ -353,7 +353,7 @@ Overwrite = Annotated[bool, _option("--overwrite", help="Replace an earlier outp
 Json = Annotated[bool, _option("--json", help="Print one JSON object on stdout.", panel=_OUT)]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUT)]
 
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter folder.", show_default=False)]
+AdapterPath = Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter folder.", show_default=False)]
 AdapterPaths = Annotated[
     list[str],
     typer.Argument(metavar="PATH...", help="Adapter folders, or folders that hold some.", show_default=False),
