@@ -1,4 +1,4 @@
-"""S2FT against full fine-tuning and PEFT's LoRA: a training step, a switch, serving several adapters; JSON lines.
+"""S2FT against full fine-tuning and PEFT's LoRA: a training step; JSON lines. `bench_switch.py` has what comes after.
 
 Blocks have SmolLM2-135M's shapes (576 hidden, 9 heads on 3 groups, 1536 channels), with random weights and a small
 vocabulary, so that the blocks are what is measured. One thread, thread time, both sides in turn. LoRA is PEFT's own with
@@ -7,9 +7,6 @@ parameters as each of them.
 
 - `step`: forward, backward and a fused AdamW step on 4 x 256 tokens. `saved_ratio` compares all bytes kept for
   backward, `own_saved_ratio` what the adapters keep beyond the frozen model with gradients flowing through it.
-- `switch`: from one merged adapter to another, in place; against LoRA's unmerge and merge, and against reading the
-  merged weights from a file.
-- `serve`: one batch of 8 rows with 8 adapters against 8 passes, and against LoRA's mixed batch.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_s2ft.py [--quick]
 """
@@ -19,28 +16,21 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from measure import compare, report, sets_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur.methods.adapters.s2ft import S2ftConfig
-from secateur.methods.adapters.s2ft_exchange import s2ft_linears, switch_
 
 SEED = 0
 HIDDEN, CHANNELS, HEADS, GROUPS, VOCABULARY = 576, 1536, 9, 3, 512
 RANK = 16
-PAIR = ("one", "two")
 TARGETS = {
     "all linears": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "q, k, v, up, down": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
@@ -176,100 +166,6 @@ def bench_steps(blocks: int, repeats: int) -> None:
             )
 
 
-def bench_switches(blocks: int, repeats: int) -> None:
-    plain = make_model(blocks).eval().requires_grad_(False)
-    theirs = lora(copy.deepcopy(plain), TARGETS["all linears"], PAIR).eval()
-    untouched = base_weights(theirs)
-    for case, columns in (("equal parameters", 282), ("32 columns a block", 32)):
-        bench_switch(case, s2ft(copy.deepcopy(plain), columns, PAIR).eval(), theirs, repeats)
-    for layer in lora_linears(theirs):
-        layer.unmerge()
-    drift = max(float((weight - untouched[name]).abs().max()) for name, weight in base_weights(theirs).items())
-    print(f"LoRA's weights have drifted by up to {drift:.1e}", file=sys.stderr)
-
-
-def bench_switch(case: str, ours: PeftModel, theirs: PeftModel, repeats: int) -> None:
-    before, count = base_weights(ours), len(s2ft_linears(ours))
-
-    def lora_switch(number: int) -> None:
-        for layer in lora_linears(theirs):
-            if layer.merged_adapters:
-                layer.unmerge()
-            layer.merge(adapter_names=[PAIR[number]])
-
-    def line(other: str, reference: Callable[[int], None]) -> None:
-        times = compare(reference, lambda number: switch_(ours, PAIR[number]), repeats=4 * repeats)
-        switch_(ours, "__base__")
-        exact = all(torch.equal(weight, before[name]) for name, weight in base_weights(ours).items())
-        report(
-            "s2ft switch",
-            f"{case}, against {other}",
-            times,
-            quality={"bitwise_reversible": exact},
-            linears=count,
-            microseconds_per_linear=round(1e3 * times.ours / count, 1),
-        )
-
-    line("LoRA's unmerge and merge", lora_switch)
-    with tempfile.TemporaryDirectory() as folder:
-        adapted = tuple(f"{layer.name}.base_layer.weight" for layer in s2ft_linears(ours))
-        for name in PAIR:
-            switch_(ours, name)
-            weights = {key: value for key, value in ours.state_dict().items() if key.endswith(adapted)}
-            save_file(weights, Path(folder) / f"{name}.safetensors")
-        other = copy.deepcopy(ours)
-
-        def reload(number: int) -> None:
-            other.load_state_dict(load_file(Path(folder) / f"{PAIR[number]}.safetensors"), strict=False)
-
-        line("reading the merged weights, files cached", reload)
-
-
-def lora_linears(model: nn.Module) -> list[LoraLayer]:
-    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-
-
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the weights below adapters."""
-    return {name: weight.clone() for name, weight in model.state_dict().items() if "base_layer" in name}
-
-
-@torch.no_grad()
-def bench_serving(blocks: int, repeats: int) -> None:
-    plain = make_model(blocks).eval().requires_grad_(False)
-    names = tuple(f"number{i}" for i in range(8))
-    ours = s2ft(copy.deepcopy(plain), 282, names).eval()
-    theirs = lora(copy.deepcopy(plain), TARGETS["all linears"], names).eval()
-    for tokens in (1, 32):
-        batches = list(
-            sets_of(lambda seed, t=tokens: torch.randint(512, (8, t), generator=torch.Generator().manual_seed(seed)))
-        )
-
-        def together(number: int, model: nn.Module = ours, batches: list[Tensor] = batches) -> Tensor:
-            return model(input_ids=batches[number], adapter_names=list(names), use_cache=False).logits
-
-        def alone(number: int, batches: list[Tensor] = batches) -> Tensor:
-            outputs = []
-            for row, name in enumerate(names):
-                for layer in s2ft_linears(ours):
-                    layer._active_adapter = [name]
-                outputs.append(ours(input_ids=batches[number][row : row + 1], use_cache=False).logits)
-            return torch.cat(outputs)
-
-        gap = float((together(0) - alone(0)).abs().max())
-        for name, other in (
-            ("8 passes", alone),
-            (f"LoRA r={RANK} on all linears in one batch", lambda number, own=together: own(number, theirs)),
-        ):
-            report(
-                "s2ft serve",
-                f"8 adapters, 8 x {tokens} tokens, one batch against {name}",
-                compare(other, together, repeats=2 * repeats),
-                quality={"largest_gap": gap},
-                blocks=blocks,
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer blocks and repeats")
@@ -278,8 +174,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     blocks, repeats = (2, 3) if quick else (6, 11)
     bench_steps(blocks, repeats)
-    bench_switches(blocks, repeats)
-    bench_serving(blocks, repeats)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ MODULE_PAGES = {
         "Names of `secateur` itself, below the module that each comes from. The command line and recipes call the same.",
         (
             Part("recipe/stages", ("load", "prune", "tune", "evaluate", "inspect", "export", "Result")),
+            Part("recipe/adapters", ("merge", "switch", "fuse", "export_lora_adapter")),
+            Part("recipe/adapter_list", ("list_adapters",)),
             Part("recipe/compare", ("compare",)),
             Part("recipe/suggest", ("suggest",)),
             Part("recipe/schema", ("Recipe",)),
@@ -343,7 +345,7 @@ def cli_page() -> str:
         "are understood: " + ", ".join(f"`--{word}` is `--{meaning}`" for word, meaning in _cli_words().items()) + ".",
         "",
     ]
-    for name, command in program.commands.items():
+    for name, command in _commands(program):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
         usage = " ".join(["secateur", name, *(str(p.metavar or p.name.upper()) for p in arguments), "[OPTIONS]"])
@@ -351,6 +353,15 @@ def cli_page() -> str:
         rows = [_option_row(parameter) for parameter in [*arguments, *options]]
         lines += [*table(("option", "value", "default", "meaning"), rows), ""]
     return _joined(lines)
+
+
+def _commands(group: Any, above: str = "") -> list[tuple[str, Any]]:
+    """Return the commands of a group and of the groups in it, by their full names."""
+    found: list[tuple[str, Any]] = []
+    for name, command in group.commands.items():
+        full = f"{above} {name}".strip()
+        found += _commands(command, full) if hasattr(command, "commands") else [(full, command)]
+    return found
 
 
 def _cli_words() -> Mapping[str, str]:

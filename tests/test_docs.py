@@ -64,9 +64,9 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, t
 def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
     import secateur.demo
     from secateur import cli
+    from secateur.recipe import adapter_list, adapters, stages
     from secateur.recipe import compare as comparing
     from secateur.recipe import run as recipe_run
-    from secateur.recipe import stages
     from secateur.recipe import suggest as suggesting
 
     def accept(name: str, original):
@@ -78,6 +78,9 @@ def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
 
     for name in ("prune", "tune", "evaluate", "inspect", "export"):
         monkeypatch.setattr(stages, name, accept(name, getattr(stages, name)))
+    for name in ("merge", "switch", "fuse", "export_lora_adapter"):
+        monkeypatch.setattr(adapters, name, accept(name, getattr(adapters, name)))
+    monkeypatch.setattr(adapter_list, "list_adapters", accept("adapters", adapter_list.list_adapters))
     monkeypatch.setattr(comparing, "compare", accept("compare", comparing.compare))
     monkeypatch.setattr(suggesting, "suggest", accept("suggest", suggesting.suggest))
     monkeypatch.setattr(recipe_run, "run", accept("run", recipe_run.run))

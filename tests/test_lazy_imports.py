@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "safetensors", "datasets", "lm_eval", "matplotlib")
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "datasets", "lm_eval", "matplotlib", "peft")
 
 CODE = """
 import json, sys
@@ -49,9 +49,27 @@ def command(*words: str) -> str:
         command("compare", "--help")
         + "; "
         + command("compare", "m", "--methods", "nothing", "--perplexity", "t", "-o", "x"),
+        command("merge", "--help")
+        + "; "
+        + command("adapters", "--help")
+        + "; "
+        + command("adapters", "list", "--help"),
+        command("adapters", "list", "nowhere") + "; assert status == 3",
         command("run", "missing.yaml", "--output", "x") + "; assert status == 2",
     ],
-    ids=["package", "names", "help", "methods", "pattern", "method", "setting", "compare", "recipe"],
+    ids=[
+        "package",
+        "names",
+        "help",
+        "methods",
+        "pattern",
+        "method",
+        "setting",
+        "compare",
+        "adapters",
+        "list",
+        "recipe",
+    ],
 )
 def test_torch_is_not_imported(code):
     assert heavy_after(code) == []

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.methods.adapters.spp import SppConfig as SppConfig
     from secateur.methods.optimizers.cram import CrAM
     from secateur.methods.registry import methods, register_adapters
+    from secateur.recipe.adapters import merge
     from secateur.recipe.compare import compare
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, finetune, inspect, load, prune, tune
@@ -35,6 +36,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "merge",
     "methods",
     "prune",
     "register_adapters",
@@ -60,6 +62,7 @@ _HOMES = {
     "CrAM": "secateur.methods.optimizers.cram",
     "Recipe": "secateur.recipe.schema",
     "compare": "secateur.recipe.compare",
+    "merge": "secateur.recipe.adapters",
     "suggest": "secateur.recipe.suggest",
     "methods": "secateur.methods.registry",
     "register_adapters": "secateur.methods.registry",

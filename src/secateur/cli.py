@@ -54,6 +54,8 @@ app = typer.Typer(
         "token_normalize_func": lambda word: _WORDS.get(word.replace("_", "-"), word.replace("_", "-")),
     },
 )
+adapters = typer.Typer(help="List, fuse, switch and export adapters.", no_args_is_help=True)
+app.add_typer(adapters, name="adapters")
 
 # how the command line calls the arguments that a recipe has once for all stages
 _SHARED = (
@@ -482,6 +484,91 @@ def methods(
 
 
 @app.command()
+def merge(
+    context: typer.Context,
+    adapter: o.AdapterPath,
+    model: o.BaseModel = None,
+    fill_zeros: o.FillZeros = False,
+    keep_mask: o.KeepMask = False,
+    dtype: o.Dtype = None,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Merge ADAPTER into its base model and keep every zero; without --output nothing is written, only reported."""
+    _adapter_command("merge", context)
+
+
+@adapters.command("list")
+def adapters_list(
+    context: typer.Context,
+    paths: o.AdapterPaths,
+    model: o.CheckedModel = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """List adapters with method, base and size; --model says which of them fit a model."""
+    _adapter_command("list", context)
+
+
+@adapters.command("fuse")
+def adapters_fuse(
+    context: typer.Context,
+    adapters: o.WeightedAdapters,
+    model: o.BaseModel = None,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Write the weighted sum of S2FT or LoRA adapters as one adapter, exactly."""
+    _adapter_command("fuse", context)
+
+
+@adapters.command("switch")
+def adapters_switch(
+    context: typer.Context,
+    model: o.MergedModel,
+    to: o.SwitchTo = None,
+    fill_zeros: o.FillZeros = False,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Take the merged S2FT adapter out of MODEL and put another in, without the base; MODEL itself without --output."""
+    _adapter_command("switch", context)
+
+
+@adapters.command("export")
+def adapters_export(
+    context: typer.Context,
+    adapter: o.AdapterPath,
+    format: o.AdapterFormat = "lora",
+    model: o.BaseModel = None,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+    revision: o.Revision = None,
+    allow_pickle: o.AllowPickle = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> None:
+    """Write an S2FT ADAPTER as a LoRA adapter with the same outputs, for PEFT and LoRA servers."""
+    _adapter_command("export", context)
+
+
+@app.command()
 def demo(
     context: typer.Context,
     output: o.Output = "demo",
@@ -572,6 +659,56 @@ def _stage(kind: str, context: typer.Context) -> None:
                 found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
     _warn(found)
     _show(kind, found, as_json)
+
+
+def _adapter_command(kind: str, context: typer.Context) -> None:
+    """Run one of the functions on adapters, whose arguments are called as the options are."""
+    given = _begin(context)
+    given.pop("debug", None)
+    as_json = given.pop("json", False)
+    if kind in ("fuse", "export") and "output" not in given:
+        raise RecipeError("`--output` is missing", hint="name the adapter folder to write with --output DIR")
+    if kind == "switch" and "to" not in given:
+        raise RecipeError("`--to` is missing", hint="--to ADAPTER puts that one in, --to none gives the base back")
+    if kind == "export" and given.pop("format") != "lora":
+        raise RecipeError(f"format `{context.params['format']}` must be `lora`")
+    if kind == "fuse":
+        given["adapters"] = _weighted(given["adapters"])
+    with redirect_stdout(sys.stderr):
+        if kind == "list":
+            from secateur.recipe.adapter_list import list_adapters
+
+            found = list_adapters(**given)
+        else:
+            from secateur.recipe import adapters as acting
+            from secateur.terminal import progress
+
+            name = "export_lora_adapter" if kind == "export" else kind
+            with progress(sys.stderr) as show:
+                result = getattr(acting, name)(progress=show, **given)
+            found = result if isinstance(result, dict) else result.report
+    _warn(found)
+    _show({"list": "adapters", "export": "adapter"}.get(kind, kind), found, as_json)
+
+
+def _weighted(texts: Sequence[str]) -> dict[str, float]:
+    """Return the adapters of `A=0.7 B=0.3` and their weights.
+
+    Raises:
+        RecipeError: a weight is missing or no number, or an adapter is named twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        path, equals, weight = text.rpartition("=")
+        if not equals or not path:
+            raise RecipeError(f"`{text}` has no weight", hint="write the adapters as A=0.7 B=0.3")
+        if path in found:
+            raise RecipeError(f"the adapter `{path}` is named twice", hint="add its weights up and name it once")
+        try:
+            found[path] = float(weight)
+        except ValueError as error:
+            raise RecipeError(f"the weight of `{path}` must be a finite number, got {weight!r}") from error
+    return found
 
 
 def _arrange(given: dict[str, Any]) -> None:

@@ -353,6 +353,34 @@ Overwrite = Annotated[bool, _option("--overwrite", help="Replace an earlier outp
 Json = Annotated[bool, _option("--json", help="Print one JSON object on stdout.", panel=_OUT)]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUT)]
 
+AdapterPath = Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter folder.", show_default=False)]
+AdapterPaths = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="Adapter folders, or folders that hold some.", show_default=False),
+]
+WeightedAdapters = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER=WEIGHT...", help="What is added up, such as A=0.7 B=0.3.", show_default=False),
+]
+MergedModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder with a merged S2FT adapter.", show_default=False)
+]
+BaseModel = Annotated[
+    str | None,
+    _option("--model", help="The base model.", panel=_METHOD, metavar="BASE", default="what the adapter names"),
+]
+CheckedModel = Annotated[
+    str | None, _option("--model", help="Say whether each fits this model.", panel=_METHOD, metavar="BASE")
+]
+SwitchTo = Annotated[
+    str | None, _option("--to", help="The adapter to put in, or none.", panel=_METHOD, metavar="ADAPTER|none")
+]
+FillZeros = Annotated[bool, _option("--fill-zeros", help="Let the update fill zeros of the base.", panel=_METHOD)]
+KeepMask = Annotated[
+    bool, _option("--keep-mask", help="Set zeros that the update filled to zero again.", panel=_METHOD)
+]
+AdapterFormat = Annotated[str, _option("--format", help="How to write it.", panel=_OUT, metavar="lora", default="lora")]
+
 Revision = Annotated[
     str | None, _option("--revision", help="Commit, branch or tag of a Hub id.", panel=_OPEN, metavar="NAME")
 ]

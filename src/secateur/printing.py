@@ -165,6 +165,67 @@ def _export(found: Mapping[str, Any]) -> list[str]:
     )
 
 
+def _merge(found: Mapping[str, Any]) -> list[str]:
+    zeros, adapter = found["zero_pattern"], found.get("adapter")
+    counts = ", ".join(f"{zeros[name]:,} {name}" for name in ("filled", "vanished") if zeros[name])
+    switched = found.get("stage") == "switch"
+    taken = (found.get("taken_out") or {}).get("name", "none") if switched else ""
+    return facts(
+        [
+            ("model", str(found.get("model", ""))),
+            ("taken out", str(taken)),
+            ("adapter", f"{adapter['name']} ({adapter['method']}, {size(adapter['bytes'])})" if adapter else "none"),
+            ("sparsity", f"{percent(found['sparsity_before'])} before, {percent(found['sparsity'])} after"),
+            (
+                "zero pattern",
+                f"identical in {zeros['identical_linears']} of {zeros['linears']} linears"
+                + (f": {counts}" if counts else ", to the last bit"),
+            ),
+            ("size", f"{size(found['bytes'])} in {found['dtype']}"),
+            ("time", duration(found.get("seconds") or 0.0)),
+            ("output", str(found.get("output") or "nothing was written; --output DIR publishes the model")),
+        ]
+    )
+
+
+def _adapters(found: Mapping[str, Any]) -> list[str]:
+    asked = found.get("model") is not None
+    rows, notes = [], []
+    for line in found["adapters"]:
+        if "error" in line:
+            rows.append((line["name"], "-", "-", "-", "-", "-", "-", *(["no"] if asked else [])))
+            notes.append((line["name"], line["error"]))
+            continue
+        width = f"{line['lines']:,} lines" if line["lines"] is not None else f"r={line['rank']}"
+        fits = "yes" if line["fits"] else "no"
+        rows.append(
+            (
+                line["name"], line["method"], str(line["base"] or "-"), width, f"{line['linears']:,}",
+                f"{line['parameters']:,}", size(line["bytes"]), *([fits] if asked else []),
+            )
+        )  # fmt: skip
+        if line["why"]:
+            notes.append((line["name"], line["why"]))
+    head = ("name", "method", "base", "width", "linears", "parameters", "size", *(["fits"] if asked else []))
+    return [*columns(head, rows, numeric=(3, 4, 5, 6)), *([""] if notes else []), *facts(notes)]
+
+
+def _adapter(found: Mapping[str, Any]) -> list[str]:
+    lines, rank = found.get("lines"), found.get("rank")
+    parts = found.get("adapters", ())
+    return facts(
+        [
+            ("sum of", " + ".join(f"{part['weight']:g} {part['name']}" for part in parts)),
+            ("adapter", str(found["adapter"]["name"]) if "adapter" in found else ""),
+            ("method", str(found["method"])),
+            ("width", f"{lines:,} lines" if lines is not None else f"rank {rank} at most"),
+            ("parameters", f"{found['parameters']:,}"),
+            ("size", size(found["bytes"])),
+            ("output", str(found["output"])),
+        ]
+    )
+
+
 def _methods(found: Mapping[str, Any]) -> list[str]:
     rows = [
         (line["name"], line["kind"], line["patterns"], ", ".join(line["needs"]) or "nothing", line["paper"])
@@ -254,4 +315,9 @@ _SHOWN = {
     "run": _run,
     "compare": _compare,
     "suggest": _suggest,
+    "merge": _merge,
+    "switch": _merge,
+    "adapters": _adapters,
+    "fuse": _adapter,
+    "adapter": _adapter,
 }

@@ -273,7 +273,7 @@ class Job:
                 raise StateError(
                     f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
                 )
-            self._refuse_changed_source()
+            self.refuse_changed_source()
             if output is not None:
                 with publish(output, options["overwrite"]) as folder:
                     self.warnings += save_model(self.model, self.tokenizer, folder, self._side(identity, done, sweep))
@@ -283,7 +283,7 @@ class Job:
         journal.close(remove=True)
         return done
 
-    def _refuse_changed_source(self) -> None:
+    def refuse_changed_source(self) -> None:
         """Raise StateError if the files of the model changed while it was worked on."""
         source = self.source
         if source is None or source.path is None or source.kind != "folder":

@@ -16,7 +16,14 @@ from families import prepared
 from secateur.core.errors import InputError, NumericError, RecipeError
 from secateur.methods.adapters import s2ft
 from secateur.methods.adapters.s2ft import S2ftConfig, chosen
-from secateur.methods.adapters.s2ft_exchange import export_lora, fuse_, s2ft_linears, switch_
+from secateur.methods.adapters.s2ft_exchange import (
+    export_lora,
+    forget_switches_,
+    fuse_,
+    prepare_switches_,
+    s2ft_linears,
+    switch_,
+)
 from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
@@ -233,9 +240,81 @@ def test_switching_is_bitwise_reversible(dtype):
     for name in ("one", "two", "one", "six", "__base__", "two", "six", "one", "__base__"):
         switch_(model, name)
         assert seen.setdefault(name, bits(model)) == bits(model)
-        assert model.active_adapter == ([] if name == "__base__" else name)
+        assert s2ft_linears(model)[0].active_adapters == ([] if name == "__base__" else [name])
+        logits(model)  # whichever name PEFT takes for the active one
     assert seen["__base__"] == base
     assert len(set(map(str, seen.values()))) == 4
+
+
+@pytest.mark.parametrize("settings", [{"o": 2, "down": 9}, COUPLED], ids=["columns", "coupled"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prepared_switches_write_the_same_bits(family, settings):
+    make = prepared(family)
+    plain, ready = (tuned(copy.deepcopy(make), ("one", "two", "same"), **settings) for _ in range(2))
+    for model in (plain, ready):
+        for layer in s2ft_linears(model):
+            if layer.has("one"):
+                part = layer.secateur_s2ft_slice["one"]
+                part.data.copy_(torch.linspace(-1, 1, part.numel()).reshape(part.shape))
+    switch_(plain, "one")
+    switch_(ready, "one")
+    prepare_switches_(ready, ["one", "two"])
+    for name in ("two", "same", "one", "one", "__base__", "two", "same", "__base__", "same", "one"):
+        switch_(plain, name)
+        switch_(ready, name)
+        assert bits(plain) == bits(ready)
+        torch.testing.assert_close(logits(plain), logits(ready))
+    forget_switches_(ready)
+    assert bits(plain) == bits(ready)
+    assert all(layer.get_base_layer().weight.is_contiguous() for layer in s2ft_linears(ready))
+    switch_(ready, "__base__")
+    switch_(plain, "__base__")
+    assert bits(plain) == bits(ready)
+
+
+def test_what_changed_since_it_was_prepared_is_computed_anew():
+    plain, ready = (tuned(adapters=("one", "two"), o=2, down=9) for _ in range(2))
+    prepare_switches_(ready)
+
+    def both(change):
+        for model in (plain, ready):
+            with torch.no_grad():
+                for layer in s2ft_linears(model):
+                    change(layer)
+        for name in ("one", "two", "__base__", "one", "__base__"):
+            switch_(plain, name)
+            switch_(ready, name)
+            assert bits(plain) == bits(ready)
+
+    both(lambda layer: layer.secateur_s2ft_slice["one"].mul_(2.0) if layer.has("one") else None)
+    both(lambda layer: layer.get_base_layer().weight.mul_(0.5))
+    prepare_switches_(ready)
+    for model in (plain, ready):
+        model.delete_adapter("two")
+        model.add_adapter("two", S2ftConfig(init_weights=False, seed=7, o=1, down=9))
+    both(lambda layer: None)
+
+
+def test_preparing_what_is_not_finite_or_not_there_is_refused():
+    model = tuned(adapters=("one", "two"))
+    before = bits(model)
+    with pytest.raises(RecipeError, match="no adapter is called `ones`"):
+        prepare_switches_(model, ["ones"])
+    with torch.no_grad():
+        s2ft_linears(model)[-1].secateur_s2ft_slice["two"].fill_(float("inf"))
+    with pytest.raises(NumericError, match="NaN or infinite"):
+        prepare_switches_(model)
+    assert bits(model) == before
+
+
+def test_a_prepared_model_is_saved_as_any_other(tmp_path):
+    model = tuned(adapters=("one", "two"))
+    prepare_switches_(model)
+    switch_(model, "two")
+    merged = {name: tensor.clone() for name, tensor in model.unload().state_dict().items()}
+    model.unload().save_pretrained(tmp_path)
+    found = type(model.unload()).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in merged.items())
 
 
 def test_a_switch_serves_the_adapter_and_leaves_what_a_merge_leaves():

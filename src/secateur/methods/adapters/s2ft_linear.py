@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +92,23 @@ class Sliced(torch.autograd.Function):
         return of_x, None, None, of_part, None, None
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What merging one adapter alone writes.
+
+    Attributes:
+        index: int64 `(k,)`.
+        former: what is overwritten, `(out_features, k)` or `(k, in_features)`, in memory line by line.
+        merged: what is written, like `former`.
+        seen: of what adapter and weight this was computed.
+    """
+
+    index: Tensor
+    former: Tensor
+    merged: Tensor
+    seen: tuple[object, ...]
+
+
 class S2ftLinear(AdapterLinear):
     """A frozen linear and, for each adapter, the change of a few of its columns or rows.
 
@@ -110,9 +128,12 @@ class S2ftLinear(AdapterLinear):
         self.secateur_s2ft_zeros = BufferDict()  # adapter -> bool (k, other side), what must stay zero; often nothing
         self._unseen: set[str] = set()  # adapters that were made while the weight was not in memory
         self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former values of what is merged
+        self._ready: dict[str, Ready] = {}  # see `prepare_`
+        self._stamp: int | None = None  # of the weight, when what is ready was known to be right
 
     def create_(self, adapter: str, config: Any, generator: torch.Generator) -> None:
         """Create a slice of zeros at the lines that the tuner has found for this linear."""
+        self._ready.pop(adapter, None)
         self.columns, index = config.lines[self.name]
         other = self.out_features if self.columns else self.in_features
         part = torch.zeros(len(index), other)
@@ -256,9 +277,9 @@ class S2ftLinear(AdapterLinear):
             StateError: if the weight is sharded (FSDP).
         """
         self.check_whole()
-        weight = self.original_weight().clone()
-        index, _, merged = self._merged(weight, adapters)
-        return weight.index_copy_(int(self.columns), index, merged)
+        weight, dim = self.original_weight().clone(), int(self.columns)
+        index, part = self._summed(adapters)
+        return weight.index_copy_(dim, index, self._merged(weight.index_select(dim, index), part, adapters))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -291,37 +312,115 @@ class S2ftLinear(AdapterLinear):
             StateError: if the weight is sharded (FSDP).
         """
         self.check_whole()
-        weight, dim = self.weight_view().detach(), int(self.columns)
-        if self._overwritten is not None:
-            weight.index_copy_(dim, *self._overwritten)
-        self._overwritten, self.merged_adapters = None, []
         names = [name for name in adapters if self.has(name)]
-        if names:
-            index, former, merged = self._merged(weight, names)
-            weight.index_copy_(dim, index, merged)
-            self._overwritten, self.merged_adapters = (index, former), names
+        before, self._overwritten, self.merged_adapters = self._overwritten, None, []
+        if self._stamp != self._writes():
+            self._ready.clear()  # somebody else has written to the weight
+        ready = self._ready.get(names[0]) if len(names) == 1 else None
+        if ready is not None and ready.seen != self._seen(names[0]):
+            ready = None
+        if before is not None and (ready is None or not torch.equal(before[0], ready.index)):
+            self._write(*before)
+        if ready is not None:
+            index, former, merged = ready.index, ready.former, ready.merged
+        elif names:
+            index, part = self._summed(names)
+            former = self._read(index)
+            merged = self._merged(former, part, names)
+        else:
+            return
+        self._write(index, merged)
+        self._overwritten, self.merged_adapters = (index, former), names
 
-    def _merged(self, weight: Tensor, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the index of the rows or columns that change, what they are, and what they become.
+    @torch.no_grad()
+    def prepare_(self, adapters: Sequence[str]) -> None:
+        """Compute what each of `adapters` writes when it is merged alone, and store columns as columns.
+
+        The weight keeps its shape and its bits; where slices are of columns its memory is laid out by columns, so that a
+        merge copies whole pieces of it. See `prepare_switches_`.
+
+        Raises:
+            NumericError: if a merged value is not finite; nothing is prepared then.
+            StateError: if the weight is sharded (FSDP).
+        """
+        self.check_whole()
+        weight = self.weight_view()
+        found = {}
+        for adapter in adapters:
+            if self.has(adapter):
+                index, part = self._summed([adapter])
+                former = self.original_weight().index_select(int(self.columns), index)
+                found[adapter] = (index, former, self._merged(former, part, [adapter]))
+        base: Any = self.get_base_layer()
+        if self.columns and weight.stride(1) == 1:
+            base.weight.data = self.lines(weight.detach()).contiguous().T
+        for adapter, (index, former, merged) in found.items():
+            whole = [self.lines(self.lines(lines).contiguous()) for lines in (former, merged)]
+            self._ready[adapter] = Ready(index, whole[0], whole[1], self._seen(adapter))
+        self._stamp = self._writes()
+
+    def forget_(self) -> None:
+        """Drop what `prepare_` computed, and store the weight by rows again."""
+        self._ready.clear()
+        base: Any = self.get_base_layer()
+        base.weight.data = base.weight.data.contiguous()
+
+    def _writes(self) -> int | None:
+        """Return how often the weight was written to, as far as torch counts."""
+        weight: Tensor = self.get_base_layer().weight
+        return None if weight.is_inference() else weight._version
+
+    def _seen(self, adapter: str) -> tuple[object, ...]:
+        """Return what tells whether the adapter or the place of the weight has changed; writes through `.data` do not."""
+        part, weight = self.secateur_s2ft_slice[adapter], self.get_base_layer().weight
+        version = None if part.is_inference() else part._version
+        return part.data_ptr(), version, part.dtype, weight.data_ptr(), weight.dtype
+
+    def _read(self, index: Tensor) -> Tensor:
+        """Return a copy of the lines of the weight, `(out_features, k)` or `(k, in_features)`."""
+        weight = self.weight_view().detach()
+        if weight.stride(int(not self.columns)) == 1:  # each line is one piece of memory
+            return self.lines(self.lines(weight).index_select(0, index))
+        return weight.index_select(int(self.columns), index)
+
+    def _write(self, index: Tensor, values: Tensor) -> None:
+        """Write lines `(out_features, k)` or `(k, in_features)` into the weight."""
+        weight = self.weight_view().detach()
+        if weight.stride(int(not self.columns)) == 1:
+            self.lines(weight).index_copy_(0, index, self.lines(values))
+        else:
+            weight.index_copy_(int(self.columns), index, values)
+        self._stamp = self._writes()
+
+    def overwritten(self) -> tuple[Tensor, Tensor] | None:
+        """Return the index of what the merged adapters changed, and its former values; None if nothing is merged.
+
+        The index is int64 `(k,)`; the values are columns `(out_features, k)` or rows `(k, in_features)`.
+        """
+        return self._overwritten
+
+    def _summed(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the index, ascending, and the sum `(k, other side)` of the slices of `adapters`."""
+        index, part = self._joined(adapters)
+        if len(adapters) > 1:
+            index, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            part = part.new_zeros(len(index), part.shape[1]).index_add_(0, place, part)
+        return index, part
+
+    def _merged(self, former: Tensor, part: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Return what lines of the weight become.
 
         Summed in float32 or wider and rounded once. Where zeros are kept, a weight that would become zero takes the
         smallest number of its dtype, and zeros keep their sign, so that the zero pattern is the same to the last bit.
 
         Args:
-            weight: `(out_features, in_features)` without any adapter merged.
+            former: what they are without any adapter merged, `(out_features, k)` or `(k, in_features)`.
+            part: the sum of the slices, `(k, other side)`.
             adapters: names; this linear has them all.
-
-        Returns:
-            int64 `(k,)`, and twice a part of the weight, `(out_features, k)` or `(k, in_features)`.
 
         Raises:
             NumericError: if a merged value is not finite.
         """
-        index, part = self._joined(adapters)
-        if len(adapters) > 1:
-            index, place = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-            part = part.new_zeros(len(index), part.shape[1]).index_add_(0, place, part)
-        former = weight.index_select(int(self.columns), index)
         wide = former.to(torch.promote_types(former.dtype, part.dtype))
         merged = (wide + (part.T if self.columns else part)).to(former.dtype)
         if not torch.stack(torch.aminmax(merged)).isfinite().all():  # 15 times as fast as asking each value
@@ -332,7 +431,7 @@ class S2ftLinear(AdapterLinear):
             vanished = (merged == 0) & (former != 0)
             smallest = torch.full_like(former, smallest_kept(former.dtype)).copysign(former)
             merged = torch.where(former == 0, former, torch.where(vanished, smallest, merged))
-        return index, former, merged
+        return merged
 
 
 def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
