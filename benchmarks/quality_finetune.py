@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import secateur
 from secateur.core.versions import versions
+from secateur.data.instructions import load_examples
 from secateur.models.linears import find_all_linears, sparsity
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -67,6 +69,11 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
     loaded = secateur.load(model_name)
     base, tokenizer = loaded.model, loaded.tokenizer
     kept = supports(base)
+    every = load_examples(given.data)
+    learned, held_out = (
+        replace(every, rows=every.rows[: -given.held_out]),
+        replace(every, rows=every.rows[-given.held_out :]),
+    )
     ids = torch.randint(1000, 20000, (1, 128), generator=torch.Generator().manual_seed(0))
 
     def write(row: str, model: nn.Module, **more: Any) -> None:
@@ -97,7 +104,8 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
         tuned, report = secateur.finetune(
             base,
             tokenizer,
-            data=given.data,
+            data=learned,
+            evaluation=held_out,
             adapter=ADAPTERS[name],
             steps=given.steps,
             length=given.length,
@@ -110,6 +118,8 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
         more = {
             "trainable": report["trainable"],
             "cpu_seconds": time.process_time() - started,
+            "held_out_before": report["evaluations"][0]["loss"],
+            "held_out_after": report["evaluations"][-1]["loss"],
             "losses": [line["loss"] for line in report["losses"]],
         }
         with torch.no_grad():
@@ -136,6 +146,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--held-out", type=int, default=48, help="examples at the end whose loss is measured")
     parser.add_argument("--documents", type=int, default=80)
     parser.add_argument("--learning-rate", nargs="*", default=[], metavar="NAME=X")
     parser.add_argument("--out", type=Path)

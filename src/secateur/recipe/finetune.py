@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from secateur.recipe.job import Job, Result, digest_of, forget, read_side, refus
 STEPS = 500  # where neither steps nor epochs are given
 RATE = 2e-4  # of adapters that suggest none
 FULL_RATE = 2e-5  # of all weights
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"  # in the folder of an unfinished run
 SELECTING = 32  # examples that a selection by activations or gradients reads
 
 
@@ -244,15 +245,19 @@ def finetune(
             "dropped": trained.dropped,
             **_trainable(tuned),
         }
-        result = _merged(tuned) if merge else tuned
+        side = _side(identity, merge or config is None, job)
+        if merge:
+            result = _merged(tuned, words, job, state, target if main else None, side)
+        else:
+            result = tuned
+            if target is not None and main:
+                with publish(target, overwrite) as folder:
+                    if config is None:
+                        whole = {**side, "weights": _weights(result, job)}
+                        job.warnings += save_model(result, words, folder, whole)
+                    else:
+                        _save_adapter(result, words, folder, side)
         after = sparsity_beneath(result)
-        if target is not None and main:
-            side = _side(identity, merge or config is None, job)
-            with publish(target, overwrite) as folder:
-                if merge or config is None:
-                    job.warnings += save_model(result, words, folder, side)
-                else:
-                    _save_adapter(result, words, folder, side)
     job.warnings += trained.notes
     if strict and job.warnings:
         raise StateError(f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it")
@@ -374,14 +379,34 @@ def _trainable(model: nn.Module) -> dict[str, Any]:
     return {"trainable": trained, "trainable_share": trained / every}
 
 
-def _merged(model: Any) -> nn.Module:
-    """Return the base model with the adapter in its weights.
+def _merged(
+    model: Any, tokenizer: Any, job: Job, state: Path | None, target: Path | None, side: dict[str, Any]
+) -> nn.Module:
+    """Return the base model with the adapter in its weights, published at `target`, as `merge` would do it.
 
     Raises:
         InputError: the merge would fill zeros; NumericError: a merged weight is not finite.
     """
-    merged: nn.Module = model.merge_and_unload(safe_merge=True)
+    from secateur.recipe.adapter_folder import read_adapter
+    from secateur.recipe.merging import merge_into, publish_merged
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (state or Path(scratch)) / ADAPTER
+        _save_adapter(model, None, folder, side)
+        done = merge_into(model.unload(), read_adapter(folder), job.spec)
+        job.warnings += done.notes
+        side = {**side, "weights": _weights(done.model, job)}
+        if target is not None:
+            job.warnings += publish_merged(target, bool(job.options["overwrite"]), done, tokenizer, side)
+    merged: nn.Module = done.model
     return merged
+
+
+def _weights(model: nn.Module, job: Job) -> dict[str, Any]:
+    """Return what `secateur.json` says of the linears that have zeros."""
+    from secateur.recipe.zero_pattern import weight_lines
+
+    return weight_lines(model, (job.side or {}).get("weights", {}))
 
 
 def sparsity_beneath(model: Any) -> float:
@@ -413,7 +438,6 @@ def _side(identity: Mapping[str, Any], whole: bool, job: Job) -> dict[str, Any]:
         "run": digest_of(identity),
         "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
         "versions": identity["versions"],
-        **({"weights": former["weights"]} if "weights" in former else {}),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from secateur.core.errors import InputError, RecipeError
 from secateur.core.progress import Progress
 from secateur.export import bitmask
-from secateur.methods.registry import register_adapters
 from secateur.models.files import Loaded, Source, fingerprint
 from secateur.models.files import load as load_checkpoint
 
@@ -73,24 +71,20 @@ def load(
 
 def _with_adapter(folder: Path, *, tokenizer: bool, **loading: Any) -> Loaded:
     """Return the base model that an adapter folder names, with the adapter active and not merged."""
-    try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"`{folder / ADAPTER}` cannot be read: {error}") from error
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(base, str) or not base:
+    from secateur.recipe.adapter_folder import read_adapter
+    from secateur.recipe.adapter_loading import adapted
+
+    found = read_adapter(folder)
+    if found.base is None:
         raise InputError(
             f"`{folder / ADAPTER}` does not name the model that the adapter is for",
-            hint="set `base_model_name_or_path` in it",
+            hint="set `base_model_name_or_path` in it, or merge it: secateur merge ADAPTER --model BASE",
         )
-    revision = config.get("revision")
-    loaded = load(base, revision=revision if isinstance(revision, str) else None, tokenizer=tokenizer, **loading)
-    register_adapters()
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+    revision = found.config.get("revision")
+    loaded = load(found.base, revision=revision if isinstance(revision, str) else None, tokenizer=tokenizer, **loading)
+    model, notes = adapted(loaded.model, found)
     digest = hashlib.sha256(f"{loaded.source.fingerprint} {fingerprint(folder)}".encode()).hexdigest()
-    return Loaded(model, loaded.tokenizer, Source(str(folder), "adapter", folder, None, digest))
+    return Loaded(model, loaded.tokenizer, Source(str(folder), "adapter", folder, None, digest, tuple(notes)))
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
