@@ -76,7 +76,7 @@ def test_commands_of_a_page_are_understood(page, tmp_path, monkeypatch, capsys):
 
         return call
 
-    for name in ("prune", "tune", "evaluate", "inspect", "export"):
+    for name in ("prune", "tune", "finetune", "evaluate", "inspect", "export"):
         monkeypatch.setattr(stages, name, accept(name, getattr(stages, name)))
     for name in ("merge", "switch", "fuse", "export_lora_adapter"):
         monkeypatch.setattr(adapters, name, accept(name, getattr(adapters, name)))

@@ -6,6 +6,7 @@ kind it was (`core/errors.py`).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -652,13 +653,19 @@ def _stage(kind: str, context: typer.Context) -> None:
         if kind == "export":
             found = stages.export(recipe.model, **arguments)
         else:
-            with progress(sys.stderr) as show:
+            with progress(sys.stderr if _is_first() else io.StringIO()) as show:
                 result = getattr(stages, kind)(recipe.model, progress=show, **arguments)
             found = result if isinstance(result, dict) else result.report
             if call.get("dry_run"):
                 found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
-    _warn(found)
-    _show(kind, found, as_json)
+    if _is_first():
+        _warn(found)
+        _show(kind, found, as_json)
+
+
+def _is_first() -> bool:
+    """Return whether this process is alone, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _adapter_command(kind: str, context: typer.Context) -> None:

@@ -155,6 +155,11 @@ def finetune(
         raise RecipeError("`merge` has nothing to merge where all weights are trained", hint="leave it out")
     if config is not None and compact_state:
         raise RecipeError("`compact_state` is for training all weights", hint="leave out the adapter, or this")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise RecipeError(
+            "`finetune` runs in one process or under DDP, and FSDP is asked for",
+            hint="launch it without --use_fsdp, or write a script of a few lines: docs/guides/distributed.md",
+        )
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         refuse_existing(output, resume, overwrite)
