@@ -28,6 +28,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "spp": {"name": "spp", "r": 16, "dropout": 0.0},
     "masked_lora": {"name": "masked_lora", "r": 8, "lora_alpha": 16},
     "lora": {"name": "lora", "r": 8, "lora_alpha": 16},
+    "s2ft": {"name": "s2ft", "o": 1, "down": 77},  # as many trained values in SmolLM2-135M
 }
 
 
@@ -130,7 +131,8 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
         same = all(torch.equal(view.read() != 0, kept[view.name]) for view in find_all_linears(merged))
         more |= {"logits_difference": difference, "zeros_identical": same}
         write(f"{name}, merged", merged, sparsity=sparsity(merged), **more)
-        if not same:
+        if not same and sparsity(base) > 0.01:
+            more["held_out_after"] = None  # measured before the second pruning
             again = remask_(copy.deepcopy(merged), kept)
             write(f"{name}, merged and pruned again", again, sparsity=sparsity(again), **more)
 
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--tasks", nargs="+", default=[])
-    parser.add_argument("--rows", nargs="+", default=["before", *ADAPTERS])
+    parser.add_argument("--rows", nargs="+", default=["before", "spp", "masked_lora", "lora"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)

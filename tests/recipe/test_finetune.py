@@ -277,3 +277,27 @@ def test_a_recipe_prunes_fine_tunes_and_measures(trained_folder, tmp_path):
     assert report["stages"][2]["label"] == "fine-tuned"
     assert report["stages"][2]["sparsity"] == pytest.approx(0.5)
     assert "Fine-tuning with spp" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_two_processes_train_what_one_does_and_speak_once(sparse, tmp_path):
+    asked = [
+        *("-m", "secateur", "finetune", sparse, "--adapter", "masked_lora", "--data", DATA, "--steps", "3"),
+        *("--length", "96", "--whole-loss", "--log-every", "1", "--device", "cpu", "--json"),
+    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found = {}
+    for name, how, batch in (("one", [], "4"), ("two", launch, "2")):
+        command = [sys.executable, *how, *asked, "--batch-size", batch, "--output", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, timeout=240, text=True)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)
+    for one, two in zip(found["one"]["losses"], found["two"]["losses"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_shards_are_refused_before_the_model_is_opened(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP"):
+        secateur.finetune("nowhere", data=DATA)

@@ -89,7 +89,7 @@ def test_what_is_expected_adds_up_and_fits_with_a_reserve(trained_folder, measur
     tokens = prune["calibration"]["samples"] * prune["calibration"]["length"]
     each_token = 1e-3 + 1e-3 + 3 * 1e-3 + prune["tuner"]["epochs"] * 4e-3
     assert expected_seconds(ORDER[0], costs(), tokens, prune["tuner"]["epochs"]) == pytest.approx(
-        4 * (tokens * each_token + 3.0)
+        4 * (tokens * each_token + costs().solvers[ORDER[0].method])
     )
     assert found["expected_seconds"] <= RESERVE * 30 * 60
     assert all(line["fits"] == (line["why"] == "") for line in found["choices"])
