@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.core.contracts import Pruner
-from secateur.core.linalg import quadratic_loss, refit, refit_iterative
+from secateur.core.linalg import quadratic_loss, refit_iterative
 from secateur.core.method import method
 from secateur.core.pattern import NM, Pattern
 from secateur.core.problem import LayerProblem, Pruned
@@ -46,7 +46,7 @@ class FISTAPruner:
         base: gives the warm start, which the result is never worse than; None starts from the target itself. Not run
             where `problem.start` meets the pattern: that is the warm start then, and its zeros may return.
         steps: proximal steps for each lambda, the paper's K.
-        lambdas: values of lambda on the path, at most.
+        lambdas: values of lambda on the path, at most; 16 lose about a tenth less and take four times as long.
         patience: values in a row without a better mask that end the path, the paper's T.
         reweighted: penalise small weights more than large ones; without it the penalty is the paper's.
         scaled: work with columns scaled by the root mean square of their inputs; without it magnitudes are rounded.
@@ -54,7 +54,7 @@ class FISTAPruner:
 
     base: Pruner | None = SparseGPT()
     steps: Annotated[int, Field(ge=1)] = 20
-    lambdas: Annotated[int, Field(ge=1)] = 16
+    lambdas: Annotated[int, Field(ge=1)] = 3
     patience: Annotated[int, Field(ge=1)] = 3
     reweighted: bool = True
     scaled: bool = True
@@ -121,7 +121,7 @@ class FISTAPruner:
                 if failures == self.patience:
                     break
         _, mask, value = best
-        value = refit(target, gram, mask, DAMPING, start=value)
+        value = refit_iterative(target, gram, mask, value, DAMPING)  # near its solution, where few steps are left
         result = Pruned.keep(value / scale, mask)
         return result if problem.loss(result.weight) <= problem.loss(first.weight) else first
 
