@@ -52,7 +52,7 @@ from secateur.core.problem import LayerProblem, Pruned
 # (share of the kept entries that moved since the last check, factor for rho), section 3 and the published program
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 STUCK = 0.005  # before rho has ever grown: a support that moves less than this is held by too large a penalty
-FREEDOM = 0.65  # of the dense copy under the first penalty: more takes iterations, less freezes the support too early
+FREEDOM = 0.63  # of the dense copy under the first penalty: more takes iterations, less freezes the support too early
 STARTING = (1e-3, 0.2, 0.5)  # least, first tried and largest first penalty
 TRIES = 4  # inverses at most to find it
 RESTARTS = 3  # times that such a penalty is divided by 5
@@ -82,7 +82,7 @@ class ALPS:
     rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     iterations: Annotated[int, Field(ge=1)] = 300
     every: Annotated[int, Field(ge=1)] = 3
-    settle: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    settle: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.03
     relaxation: Annotated[float, Field(gt=0, lt=2)] = 1.4
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     steps: Annotated[int, Field(ge=0)] = 20
@@ -281,7 +281,7 @@ def split(
     rho: float = 0.1,
     iterations: int = 300,
     every: int = 3,
-    settle: float = 0.02,
+    settle: float = 0.03,
     relaxation: float = 1.4,
 ) -> Split:
     """Return a sparse point near the best one, by alternating directions.

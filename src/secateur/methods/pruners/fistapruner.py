@@ -36,6 +36,7 @@ POWER_STEPS = 30  # products with the Gram that its largest eigenvalue is estima
 SAFETY = 1.02  # what the estimate, which comes from below, is raised by
 START_STEPS = 10  # conjugate gradient steps that the warm start is re-solved by
 JUDGE_STEPS = 4  # conjugate gradient steps that a candidate's weights are brought up to date by
+LAST_TOLERANCE = 1e-4  # of the last refit, which starts near its solution: the share of the loss that its last step gains
 
 
 @method
@@ -121,7 +122,7 @@ class FISTAPruner:
                 if failures == self.patience:
                     break
         _, mask, value = best
-        value = refit_iterative(target, gram, mask, value, DAMPING)  # near its solution, where few steps are left
+        value = refit_iterative(target, gram, mask, value, DAMPING, tolerance=LAST_TOLERANCE)
         result = Pruned.keep(value / scale, mask)
         return result if problem.loss(result.weight) <= problem.loss(first.weight) else first
 
@@ -233,7 +234,7 @@ def fista(value: Tensor, gram: Tensor, linear: Tensor, penalty: Tensor, lipschit
         ahead.sub_(ahead_slope)
         torch.clamp(ahead, lower, upper, out=cut)
         torch.sub(ahead, cut, out=following)
-        torch.mm(following, gram, out=following_slope).sub_(linear)
+        torch.addmm(linear, following, gram, beta=-1, out=following_slope)
         # what was cut off is the threshold with the sign of what is left, so cut * following is the penalty
         level = torch.add(cut, following_slope, alpha=0.5, out=work).sub_(half).mul_(following).sum(1)
         worse = level > reached + noise * reached.abs()
