@@ -271,7 +271,7 @@ def test_the_penalty_grows_once_the_support_moves_and_falls_before():
     def checks(rho: float) -> list[tuple[int, float, float]]:
         inverse = penalised_inverse(unit, rho)
         found = split(problem.weight * scale, unit, lambda v: problem.select(v, "layer"), first, inverse, rho=rho)
-        assert found.checks[-1][2] < 0.02
+        assert found.checks[-1][2] < 0.03
         return list(found.checks)
 
     slow = checks(0.1)
