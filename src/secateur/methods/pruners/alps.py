@@ -57,7 +57,7 @@ STARTING = (1e-3, 0.2, 0.5)  # least, first tried and largest first penalty
 TRIES = 4  # inverses at most to find it
 RESTARTS = 3  # times that such a penalty is divided by 5
 SMALL = 64  # columns up to which weights are solved directly
-TOLERANCE = 1e-3  # of the conjugate gradients: the share of the loss that their last step gains
+TOLERANCE = 5e-4  # of the conjugate gradients: the share of the loss that their last step gains
 
 SAMPLE = 64  # rows at least that tell whether the plain projection has a chance
 HOPE = 1.1  # loss over that of the splitting, on these rows, up to which it has

@@ -36,7 +36,7 @@ POWER_STEPS = 30  # products with the Gram that its largest eigenvalue is estima
 SAFETY = 1.02  # what the estimate, which comes from below, is raised by
 START_STEPS = 10  # conjugate gradient steps that the warm start is re-solved by
 JUDGE_STEPS = 4  # conjugate gradient steps that a candidate's weights are brought up to date by
-LAST_TOLERANCE = 1e-4  # of the last refit, which starts near its solution: what its last step gains, as a share of the loss
+LAST_TOLERANCE = 1e-4  # of the last refit: the share of the loss that its last step gains
 
 
 @method
