@@ -13,6 +13,7 @@ from secateur.core.linalg import (
     corrected_target,
     damped,
     inverse_factor,
+    invert_definite_,
     is_finite,
     quadratic_loss,
     refit,
@@ -57,6 +58,23 @@ def test_the_inverse_factor_is_upper_and_squares_to_the_inverse(columns, damping
     upper, used = inverse_factor(gram, damping)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(damped(gram, used)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 257, 600])
+def test_a_definite_matrix_is_inverted_in_place_by_halves(size):
+    matrix = correlated_gram(size)
+    matrix.diagonal().add_(matrix.diagonal().mean())
+    inverse = matrix.clone()
+    assert invert_definite_(inverse)
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inverse, inverse.T, rtol=1e-3, atol=1e-4 * float(inverse.abs().max()))
+
+
+@pytest.mark.parametrize("place", [3, 599])
+def test_an_indefinite_matrix_has_no_definite_inverse(place):
+    matrix = torch.eye(600)
+    matrix[place, place] = -1.0
+    assert not invert_definite_(matrix)
 
 
 def test_rows_of_the_inverse_factor_eliminate_from_the_left():

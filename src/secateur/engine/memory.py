@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.core.contracts import BlockTuner, Planner
+from secateur.core.contracts import BlockTuner, Planner, Pruner
 from secateur.core.errors import ResourceError
 from secateur.engine.sweep import Sweep
 from secateur.models.blocks import Blocks
@@ -17,7 +17,8 @@ from secateur.models.linears import find_linears
 SOLVER_COPIES = 6  # float32 matrices of a linear's size alive while it is solved: target, result, score, errors, masks
 LIBRARY = 32 << 20  # buffers of the matrix library and the allocator's own slack, bytes
 PLANNING_TOKENS = 2048  # tokens of one backward pass through the whole model
-GRAM_COPIES = 4  # sums, means, damped copy with its factor, inverse factor
+STATISTICS_COPIES = 2  # of the Gram: sums and means
+GRAM_COPIES = 2  # what a pruner holds beside them unless it says otherwise: damped copy with its factor, inverse factor
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
     if "gram" in needs or sweep.refit or sweep.error_correction:
         inputs = [view.in_features for view in views]
         widest = max(inputs, default=0)
-        grams = 4 * widest**2 * GRAM_COPIES
+        grams = 4 * widest**2 * (STATISTICS_COPIES + gram_copies(pruner))
         if not sweep.sequential:
             grams += 4 * sum(size**2 for size in set(inputs))
         if sweep.error_correction:
@@ -117,6 +118,16 @@ def plan_memory(blocks: Blocks, sweep: Sweep, samples: int, length: int, hidden:
         "writing a block": 2 * largest * stored + tokens * hidden * item,
     }
     return MemoryPlan(device, host, sweep.device.type == "cpu")
+
+
+def gram_copies(pruner: Pruner | None) -> int:
+    """Return how many float32 matrices of the Gram's size `pruner` holds at most, beside the statistics.
+
+    A pruner that holds more than `GRAM_COPIES` says so in `gram_copies`; one that refines a `base` holds what either does.
+    """
+    if pruner is None:
+        return GRAM_COPIES
+    return max(int(getattr(pruner, "gram_copies", GRAM_COPIES)), gram_copies(getattr(pruner, "base", None)))
 
 
 def tuning_bytes(tuner: BlockTuner, parameters: int, tokens: int, hidden: int, wide: int) -> int:

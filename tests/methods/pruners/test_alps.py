@@ -66,6 +66,7 @@ def test_the_splitting_is_the_published_iteration(pattern):
         penalised_inverse(unit, 0.1),
         iterations=18,
         settle=0.0,
+        relaxation=1.0,
     )
     assert [check[0] for check in ours.checks] == [check[0] for check in trace]
     torch.testing.assert_close(torch.tensor(ours.checks), torch.tensor(trace), rtol=1e-4, atol=0.01)
@@ -270,13 +271,13 @@ def test_the_penalty_grows_once_the_support_moves_and_falls_before():
     def checks(rho: float) -> list[tuple[int, float, float]]:
         inverse = penalised_inverse(unit, rho)
         found = split(problem.weight * scale, unit, lambda v: problem.select(v, "layer"), first, inverse, rho=rho)
+        assert found.checks[-1][2] < 0.03
         return list(found.checks)
 
     slow = checks(0.1)
     penalties = [rho for _, rho, _ in slow]
     assert penalties == sorted(penalties)
     assert penalties[-1] > 0.3
-    assert slow[-1][2] < 0.005
     stuck = checks(50.0)  # nothing moves under such a penalty
     assert [round(rho, 3) for _, rho, _ in stuck[:3]] == [50.0, 10.0, 2.0]
     assert stuck[-1][0] <= 60
@@ -292,13 +293,67 @@ def test_the_first_penalty_leaves_most_of_the_freedom(decay, tokens):
     torch.testing.assert_close(inverse @ (unit + rho * torch.eye(48)), torch.eye(48), atol=1e-3, rtol=0)
     own = torch.linalg.eigvalsh(unit[scale > 0][:, scale > 0])
     freedom = float((own / (own + rho)).mean())
-    assert 0.6 < freedom < 0.8 or (rho == 0.2 and freedom > 0.7)
+    assert 0.5 < freedom < 0.7 or (rho == 0.5 and freedom > 0.6)
 
 
 def test_the_first_penalty_matters_on_a_steep_spectrum():
     problem = problem_of(Unstructured(0.6), 48, 96, gram=correlated_gram(96, 2.0))
     ours, fixed = (problem.loss(ALPS(rho=rho).prune(problem).weight) for rho in (None, 0.1))
-    assert ours < 0.9 * fixed
+    assert ours < 0.93 * fixed
+
+
+def test_relaxation_makes_up_for_a_larger_first_penalty_where_most_is_pruned():
+    problem = problem_of(Unstructured(0.9), 64, 96)
+    scale, unit = standardised(problem, 0.02)
+    first = published_start(problem, scale)
+
+    def loss(relaxation: float) -> float:
+        found = split(
+            problem.weight * scale,
+            unit,
+            lambda values: problem.select(values, "layer"),
+            first,
+            penalised_inverse(unit, 0.2),
+            rho=0.2,
+            relaxation=relaxation,
+        )
+        return problem.loss(refit_exact(problem.weight, problem.gram, found.point.mask))
+
+    assert loss(1.4) < 0.99 * loss(1.0)
+
+
+def test_many_rows_are_never_worse_than_the_refit_of_the_projection():
+    # a sample of rows decides whether the projection is looked at; both outcomes occur here
+    outcomes = set()
+    for decay in (0.0, 1.0):
+        problem = problem_of(Unstructured(0.6), 160, 96, gram=correlated_gram(96, decay))
+        scale, unit = standardised(problem, 0.02)
+        target, mask = problem.weight * scale, projected(problem)
+        exact = refit_exact(target, unit, mask, 0.0)
+        pruned = ALPS().prune(problem)
+        outcomes.add(ALPS()._hopeless(target, unit, Pruned(pruned.weight * scale, pruned.mask), Pruned(target, mask)))
+        assert problem.loss(pruned.weight) <= 1.001 * problem.loss(exact / scale)
+    assert outcomes == {True, False}
+
+
+def test_a_sum_that_rounding_leaves_indefinite_is_inverted_all_the_same():
+    unit = torch.ones(600, 600)
+    inverse = penalised_inverse(unit, 1e-9)  # less than half a unit in the last place of the diagonal
+    assert torch.isfinite(inverse).all()
+    assert torch.equal(penalised_inverse(unit, 1e-9, torch.empty(600, 600)), inverse)
+
+
+def test_no_more_of_the_size_of_the_gram_is_held_than_is_declared():
+    columns = 384
+    problem = problem_of(Unstructured(0.7), 4, columns)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        ALPS().prune(problem)
+    held = itertools.accumulate(
+        each.nbytes()
+        for each in sorted(recorded.profiler.kineto_results.events(), key=lambda each: each.start_ns())
+        if each.name() == "[memory]"
+    )
+    assert 3 * 4 * columns**2 < max(held) <= ALPS.gram_copies * 4 * columns**2
 
 
 def test_an_iteration_limit_is_kept():
@@ -310,7 +365,9 @@ def test_an_iteration_limit_is_kept():
 
 def test_a_factor_is_made_once_for_each_penalty_and_shared_by_equal_inputs(monkeypatch):
     made = []
-    monkeypatch.setattr(alps, "penalised_inverse", lambda unit, rho: made.append(rho) or penalised_inverse(unit, rho))
+    monkeypatch.setattr(
+        alps, "penalised_inverse", lambda unit, rho, *out: made.append(rho) or penalised_inverse(unit, rho, *out)
+    )
     problem = problem_of(Unstructured(0.7), 32, 64)
     ALPS().prune(problem)
     assert len(set(made)) > 3
@@ -348,6 +405,8 @@ def test_the_score_is_what_a_weight_adds_to_the_loss_alone():
         {"iterations": 0},
         {"every": 0},
         {"settle": -1.0},
+        {"relaxation": 0.0},
+        {"relaxation": 2.0},
         {"damping": -0.1},
         {"steps": -1},
     ],

@@ -324,7 +324,7 @@ def test_the_size_of_a_batch_does_not_matter(monkeypatch, pattern):
     monkeypatch.setattr(scope, "CPU_BYTES", 1)  # one row at a time
     single = SCOPE().prune(problem)
     assert torch.equal(whole.mask, single.mask)
-    torch.testing.assert_close(whole.weight, single.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.weight, single.weight, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_of_unlike_counts_keep_them():

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.core.contracts import Pruner
-from secateur.core.linalg import quadratic_loss, refit, refit_iterative
+from secateur.core.linalg import quadratic_loss, refit_iterative
 from secateur.core.method import method
 from secateur.core.pattern import NM, Pattern
 from secateur.core.problem import LayerProblem, Pruned
@@ -36,6 +36,7 @@ POWER_STEPS = 30  # products with the Gram that its largest eigenvalue is estima
 SAFETY = 1.02  # what the estimate, which comes from below, is raised by
 START_STEPS = 10  # conjugate gradient steps that the warm start is re-solved by
 JUDGE_STEPS = 4  # conjugate gradient steps that a candidate's weights are brought up to date by
+LAST_TOLERANCE = 1e-4  # of the last refit: the share of the loss that its last step gains
 
 
 @method
@@ -46,7 +47,7 @@ class FISTAPruner:
         base: gives the warm start, which the result is never worse than; None starts from the target itself. Not run
             where `problem.start` meets the pattern: that is the warm start then, and its zeros may return.
         steps: proximal steps for each lambda, the paper's K.
-        lambdas: values of lambda on the path, at most.
+        lambdas: values of lambda on the path, at most; 16 lose about a tenth less and take four times as long.
         patience: values in a row without a better mask that end the path, the paper's T.
         reweighted: penalise small weights more than large ones; without it the penalty is the paper's.
         scaled: work with columns scaled by the root mean square of their inputs; without it magnitudes are rounded.
@@ -54,7 +55,7 @@ class FISTAPruner:
 
     base: Pruner | None = SparseGPT()
     steps: Annotated[int, Field(ge=1)] = 20
-    lambdas: Annotated[int, Field(ge=1)] = 16
+    lambdas: Annotated[int, Field(ge=1)] = 3
     patience: Annotated[int, Field(ge=1)] = 3
     reweighted: bool = True
     scaled: bool = True
@@ -121,7 +122,7 @@ class FISTAPruner:
                 if failures == self.patience:
                     break
         _, mask, value = best
-        value = refit(target, gram, mask, DAMPING, start=value)
+        value = refit_iterative(target, gram, mask, value, DAMPING, tolerance=LAST_TOLERANCE)
         result = Pruned.keep(value / scale, mask)
         return result if problem.loss(result.weight) <= problem.loss(first.weight) else first
 
@@ -233,7 +234,7 @@ def fista(value: Tensor, gram: Tensor, linear: Tensor, penalty: Tensor, lipschit
         ahead.sub_(ahead_slope)
         torch.clamp(ahead, lower, upper, out=cut)
         torch.sub(ahead, cut, out=following)
-        torch.mm(following, gram, out=following_slope).sub_(linear)
+        torch.addmm(linear, following, gram, beta=-1, out=following_slope)
         # what was cut off is the threshold with the sign of what is left, so cut * following is the penalty
         level = torch.add(cut, following_slope, alpha=0.5, out=work).sub_(half).mul_(following).sum(1)
         worse = level > reached + noise * reached.abs()
