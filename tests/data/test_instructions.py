@@ -161,3 +161,31 @@ def test_the_builtin_set_has_two_parts_without_a_common_answer():
 
 def test_a_builtin_text_can_be_learned_as_text():
     assert "text" in load_examples("builtin:tiny").rows[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"instruction": "a", "response": "\0"}, "NUL"),
+        ({"instruction": "a", "input": 3, "response": "b"}, "`input` holds a int"),
+        ({"instruction": "a", "system": ["x"], "response": "b"}, "`system` holds a list"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "b"}]}, "assistant"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "more than text"),
+    ],
+)
+def test_what_would_be_left_out_unseen_is_refused(record, said):
+    with pytest.raises(InputError, match=said):
+        load_examples([record])
+
+
+def test_a_completion_of_several_turns_is_an_example_for_each_answer():
+    said = [{"role": role, "content": role[0] + str(place)} for place, role in enumerate(["user", "assistant"] * 2)]
+    assert (
+        load_examples([{"prompt": said[:1], "completion": said[1:]}]).rows == load_examples([{"messages": said}]).rows
+    )
+
+
+def test_content_in_parts_of_text_is_one_text():
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    assert load_examples([record]).rows[0]["prompt"][0]["content"] == "one\ntwo"

@@ -194,42 +194,61 @@ def _reader_of(
 ) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
     """Return what makes examples of records that look like this one."""
     if fields is not None:
-        return lambda found: [_pair(found, *fields)]
+        return lambda found: _pair(found, *fields)
     for name in CONVERSATIONS:
         if name in record:
             return lambda found, name=name: _conversation(found, name)  # type: ignore[misc]
     for question, answer in PAIRS:
         if question in record and answer in record:
-            return lambda found, question=question, answer=answer: [_pair(found, question, answer)]  # type: ignore[misc]
+            return lambda found, question=question, answer=answer: _pair(found, question, answer)  # type: ignore[misc]
     if field in record:
         return lambda found: [{"text": _words(found, field)}]
     known = ", ".join(f"`{question}` and `{answer}`" for question, answer in PAIRS[:3])
     raise _Unusable(f"no fields {known}, `messages` or `{field}`, only {listed(list(record))}")
 
 
-def _pair(record: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
-    """Return the example of a question and an answer; `input` follows the question, `system` comes before it."""
+def _pair(record: Mapping[str, Any], question: str, answer: str) -> list[dict[str, Any]]:
+    """Return the examples of a question and an answer; `input` follows the question, `system` comes before it."""
     if isinstance(record.get(question), list):
         prompt, completion = (_messages(record, name) for name in (question, answer))
-        return {"prompt": prompt, "completion": completion}
+        if completion[-1]["role"] != "assistant":
+            raise _Unusable(f"the last message of `{answer}` is not of the role `assistant`")
+        return _answers([*prompt, *completion], len(prompt))
     asked = _words(record, question)
-    more = record.get("input") if question == "instruction" else None
-    if isinstance(more, str) and more.strip():
+    more = _addition(record, "input") if question == "instruction" else ""
+    if more:
         asked = f"{asked}\n\n{more}"
     prompt = [{"role": "user", "content": asked}]
-    system = record.get("system")
-    if isinstance(system, str) and system.strip():
+    system = _addition(record, "system")
+    if system:
         prompt.insert(0, {"role": "system", "content": system})
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": _words(record, answer)}]}
+    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": _words(record, answer)}]}]
+
+
+def _addition(record: Mapping[str, Any], name: str) -> str:
+    """Return the text of a field that may be missing, null or empty."""
+    found = record.get(name)
+    if found is not None and not isinstance(found, str):
+        raise _Unusable(f"field `{name}` holds a {type(found).__name__}, but must hold a text")
+    return found if found and found.strip() else ""
 
 
 def _conversation(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Return one example for each answer of the assistant, with all that was said before as its prompt."""
     messages = _messages(record, name)
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant" and place]
-    if not answers:
+    found = _answers(messages, 1)
+    if not found:
         raise _Unusable(f"`{name}` has no message of the role `assistant` after another one")
-    return [{"prompt": messages[:place], "completion": [messages[place]]} for place in answers]
+    return found
+
+
+def _answers(messages: list[Message], first: int) -> list[dict[str, Any]]:
+    """Return an example for each answer of the assistant from message `first` on."""
+    return [
+        {"prompt": messages[:place], "completion": [messages[place]]}
+        for place in range(first, len(messages))
+        if messages[place]["role"] == "assistant"
+    ]
 
 
 def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
@@ -241,7 +260,7 @@ def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
         if not isinstance(message, dict):
             raise _Unusable(f"message {place} of `{name}` is a {type(message).__name__}, but must be an object")
         who = message.get("role", message.get("from"))
-        said = message.get("content", message.get("value"))
+        said = _said(message.get("content", message.get("value")), place, name)
         who = SPEAKERS.get(str(who), who)
         if who not in ROLES:
             raise _Unusable(
@@ -251,6 +270,23 @@ def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
             raise _Unusable(f"message {place} of `{name}` has no text in `content`")
         messages.append({"role": str(who), "content": said})
     return messages
+
+
+def _said(content: Any, place: int, name: str) -> Any:
+    """Return the content of a message; a list of texts becomes one text.
+
+    Raises:
+        _Unusable: the list holds something else, such as an image.
+    """
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        if not isinstance(text, str):
+            raise _Unusable(f"message {place} of `{name}` holds more than text, which alone can be learned")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _words(record: Mapping[str, Any], name: str) -> str:
@@ -270,10 +306,17 @@ def _missing(record: Mapping[str, Any], name: str, wanted: str) -> str:
 
 def _clean(row: dict[str, Any], counts: Counter[str]) -> dict[str, Any]:
     """Return the row with its texts put right."""
+
+    def right(text: str) -> str:
+        found = put_right(text, counts)
+        if not found.strip():
+            raise _Unusable("a text in it is empty without its NUL characters")
+        return found
+
     if "text" in row:
-        return {"text": put_right(row["text"], counts)}
+        return {"text": right(row["text"])}
     return {
-        part: [{**message, "content": put_right(message["content"], counts)} for message in row[part]]
+        part: [{**message, "content": right(message["content"])} for message in row[part]]
         for part in ("prompt", "completion")
     }
 
