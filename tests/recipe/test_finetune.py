@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import secateur
 from secateur.core import faults
-from secateur.core.errors import InputError, NumericError, RecipeError, StateError, TimeLimitReached
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
 from secateur.train.supervised import last_whole
 
@@ -234,6 +236,15 @@ def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
         ({"adapter": {"name": "s2ft", "o": 1000}}, RecipeError, "o"),
         ({"adapter": None, "merge": True}, RecipeError, "nothing to merge"),
         ({"compact_state": True}, RecipeError, "compact_state"),
+        ({"optimizer": "adamw"}, RecipeError, "`optimizer` is `adamw`"),
+        ({"optimizer": "adamw_8bit"}, InputError, "`adamw_8bit` cannot be used"),
+        ({"seed": 2**32}, RecipeError, "`seed` is 4294967296"),
+        (
+            {"evaluation": [{"instruction": "a " * 400, "response": "b"}], "completion_only": True},
+            InputError,
+            "no example",
+        ),
+        ({"packing": True, "length": 8, "completion_only": True}, InputError, "no example"),
         ({"log_to": "tensorbord"}, RecipeError, "did you mean `tensorboard`"),
         ({"length": 8, "completion_only": True}, InputError, "no example"),
         ({"data": [{"instruction": "a"}]}, InputError, "record 1: no field"),
@@ -301,3 +312,68 @@ def test_shards_are_refused_before_the_model_is_opened(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="FSDP"):
         secateur.finetune("nowhere", data=DATA)
+
+
+def test_an_output_that_would_take_the_place_of_the_model_is_refused_before_training(sparse, tmp_path):
+    model = shutil.copytree(sparse, tmp_path / "a" / "model")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    for output in (model, model / "inside", tmp_path / "foreign", tmp_path / "foreign" / "file" / "below"):
+        with pytest.raises(StateError, match="the output"):
+            secateur.finetune(str(model), data="nowhere", output=output, overwrite=True)
+    assert (model / "model.safetensors").is_file()
+    assert not (model / "inside").exists()
+
+
+def test_an_adapter_of_a_relative_model_path_opens_from_another_folder(sparse, tmp_path, monkeypatch):
+    shutil.copytree(sparse, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    secateur.finetune("model", adapter="masked_lora", output="out", **SHORT | {"steps": 1})
+    monkeypatch.chdir("/")
+    assert secateur.load(tmp_path / "out").source.kind == "adapter"
+
+
+def test_what_a_length_cuts_off_is_counted_and_packing_learns_all_of_a_long_text(sparse):
+    loaded = secateur.load(sparse)
+    data = [{"text": "The river runs north. " * 60}, {"text": "The sea."}]
+    tokens = len(loaded.tokenizer(data[0]["text"])["input_ids"]) + 1  # and the end
+    settings = {**SHORT, "data": data, "steps": 1, "length": 64, "adapter": "masked_lora"}
+    plain = secateur.finetune(loaded.model, loaded.tokenizer, **settings).report
+    assert (plain["cut"], plain["cut_tokens"], plain["dropped"]) == (1, tokens - 64, 0)
+    assert any(f"{tokens - 64:,} tokens at their ends" in warning for warning in plain["warnings"])
+    packed = secateur.finetune(loaded.model, loaded.tokenizer, packing=True, **settings).report
+    assert (packed["cut"], packed["cut_tokens"]) == (0, 0)
+    assert packed["sequences"] >= tokens / 64
+
+
+def test_no_sequence_is_longer_than_the_model_has_positions(sparse):
+    loaded = secateur.load(sparse)
+    config = transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2, vocab_size=len(loaded.tokenizer))
+    model = transformers.GPT2LMHeadModel(config)
+    settings = SHORT | {"data": [{"text": "The river runs north. " * 60}], "steps": 1, "length": 1024}
+    report = secateur.finetune(model, loaded.tokenizer, adapter="masked_lora", **settings).report
+    assert any("longer than 32 tokens" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eos_token": None}, "no `eos_token`"),
+        ({"chat_template": "{{ raise_exception('no system here') }}"}, "no system here"),
+        ({"chat_template": "{% for m in %}"}, "chat template"),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_the_examples_is_an_error_in_words(sparse, changes, said):
+    loaded = secateur.load(sparse)
+    for name, value in changes.items():
+        setattr(loaded.tokenizer, name, value)
+    with pytest.raises(InputError, match=said):
+        secateur.finetune(loaded.model, loaded.tokenizer, adapter="masked_lora", **SHORT)
+
+
+def test_a_full_disk_at_a_checkpoint_is_an_error_of_its_own_kind(sparse, tmp_path, monkeypatch):
+    faults.forget()
+    monkeypatch.setenv(faults.VARIABLE, "train.seal:2:enospc")
+    with pytest.raises(ResourceError, match="no space"):
+        secateur.finetune(sparse, adapter="masked_lora", output=tmp_path / "out", **SHORT | {"save_every": 1})
+    assert last_whole(tmp_path / "out.unfinished" / "checkpoints").name == "checkpoint-1"

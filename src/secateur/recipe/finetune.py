@@ -26,7 +26,7 @@ from secateur.engine.memory import peak_memory
 from secateur.methods.registry import REGISTRY
 from secateur.models.files import save_model
 from secateur.models.linears import sparsity
-from secateur.models.publish import is_complete, publish
+from secateur.models.publish import is_complete, publish, read_manifest
 from secateur.recipe.build import build_method, describe
 from secateur.recipe.job import Job, Result, digest_of, forget, read_side, refuse_existing, state_folder
 
@@ -163,12 +163,13 @@ def finetune(
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         refuse_existing(output, resume, overwrite)
+        _refuse_output(output, model)
     job = Job("finetune", model, tokenizer, None, {**locals(), "state": None})
     words = job.need_tokenizer("fine-tune")
     examples = _examples(data, job, "calibration")
     tested = None if evaluation is None else _examples(evaluation, job, "evaluation")
 
-    from secateur.train.supervised import Training, check_logging
+    from secateur.train.supervised import Training, check_training
 
     training = Training(
         steps=steps if steps is not None or epochs is not None else STEPS,
@@ -193,7 +194,7 @@ def finetune(
         log_to=(log_to,) if isinstance(log_to, str) else tuple(log_to),
         seed=seed,
     )
-    check_logging(training.log_to)
+    check_training(training)
     zeros = sparsity(job.model)
     settings = {
         "adapter": None if config is None else _described(config),
@@ -216,7 +217,7 @@ def finetune(
         "sparsity_before": zeros,
     }
     if dry_run:
-        return Result(job.model, {**report, "dry_run": True})
+        return Result(job.model, {**report, "dry_run": True, "warnings": job.warnings})
     identity = {
         "stage": "finetune",
         **{name: value for name, value in settings.items() if name not in ("log_to", "log_every", "merge")},
@@ -248,6 +249,8 @@ def finetune(
             "evaluations": trained.evaluations,
             "sequences": trained.examples,
             "dropped": trained.dropped,
+            "cut": trained.cut,
+            "cut_tokens": trained.cut_tokens,
             **_trainable(tuned),
         }
         side = _side(identity, merge or config is None, job)
@@ -274,6 +277,32 @@ def finetune(
         "warnings": job.warnings,
     }
     return Result(result.eval(), report)
+
+
+def _refuse_output(output: str | Path | None, model: str | Path | nn.Module) -> None:
+    """Refuse an output that could not be written at the end, or that would take the place of the model.
+
+    Raises:
+        StateError: naming the folder.
+    """
+    if output is None:
+        return
+    target = Path(output)
+    if target.exists() and any(target.iterdir() if target.is_dir() else (target,)) and read_manifest(target) is None:
+        raise StateError(
+            f"the output `{target}` is no earlier output, so it is not replaced", hint="choose another --output"
+        )
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise StateError(
+            f"the output `{target}` lies in `{parent}`, which is no folder", hint="choose another --output"
+        )
+    if isinstance(model, nn.Module) or not Path(model).is_dir():
+        return
+    inner, outer = target.resolve(), Path(model).resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        place = "is the model's own folder" if inner == outer else "and the model's folder lie in one another"
+        raise StateError(f"the output `{target}` {place}", hint="choose an --output beside the model")
 
 
 def _examples(given: Any, job: Job, role: Any) -> Examples:
@@ -312,13 +341,19 @@ def _with_adapter(job: Job, config: Any, examples: Examples, tokenizer: Any) -> 
     if hasattr(config, "prepared"):
         config = config.prepared(job.model, lambda: _batches(examples, tokenizer, int(job.options["length"])))
     job.model.requires_grad_(False)
-    if job.source is not None:
-        job.model.config._name_or_path = job.spec  # type: ignore[union-attr]
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         model = get_peft_model(job.model, config)
+    if job.source is not None:
+        for made in model.peft_config.values():
+            made.base_model_name_or_path = _findable(job.spec)
     job.warnings += [str(one.message) for one in heard if issubclass(one.category, UserWarning)]
     return model
+
+
+def _findable(spec: str) -> str:
+    """Return what names the base model from any working folder."""
+    return str(Path(spec).absolute()) if Path(spec).exists() else spec
 
 
 def _whole(model: nn.Module) -> nn.Module:
@@ -428,7 +463,9 @@ def sparsity_beneath(model: Any) -> float:
 def _save_adapter(model: Any, tokenizer: Any, folder: Path, side: Mapping[str, Any]) -> None:
     """Write the adapter as PEFT does, with the tokenizer and `secateur.json` beside it."""
     faults.hit("finetune.save")
-    model.save_pretrained(str(folder), safe_serialization=True)
+    with warnings.catch_warnings():  # PEFT misses the config.json of packed folders and live models
+        warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
+        model.save_pretrained(str(folder), safe_serialization=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     (folder / "secateur.json").write_text(json.dumps(side, indent=1, sort_keys=True) + "\n", encoding="utf-8")

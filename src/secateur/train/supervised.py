@@ -7,6 +7,7 @@ once it is whole, a time limit, zeros that stay zero, and nothing of the run is 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -16,17 +17,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from secateur.core import faults
-from secateur.core.errors import InputError, NumericError, RecipeError, did_you_mean, missing_extra
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, did_you_mean, missing_extra
 from secateur.core.progress import Progress, Silent
 from secateur.data.instructions import Examples
 from secateur.train.masking import FixedMasks, KeptOnly
@@ -108,6 +111,8 @@ class Trained:
         evaluations: `{"step", "loss"}`.
         examples: that were trained on: sequences, after packing.
         dropped: examples of which `length` left no token to learn.
+        cut: examples whose end was left out because they are longer than `length`.
+        cut_tokens: that were left out so.
         tokens: of all forwards of this process in this part of the run.
         finished: False if the time limit ended it.
         notes: what a reader of the report should know.
@@ -118,6 +123,8 @@ class Trained:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     examples: int = 0
     dropped: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
     tokens: int = 0
     finished: bool = True
     notes: list[str] = field(default_factory=list)
@@ -163,7 +170,7 @@ def train(
         InputError: no example is left, or nothing is to be trained.
         RecipeError: a setting does not fit the data or the machine.
     """
-    check_logging(training.log_to)
+    check_training(training)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no weight of the model is to be trained")
     result = Trained()
@@ -172,8 +179,12 @@ def train(
             "the tokenizer has no chat template, so prompts are written as `### Instruction:` and `### Response:`"
         )
     base: Any = bare(model)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < training.length:
+        training = replace(training, length=positions)  # what is cut then is noted
+    _need_end(tokenizer, [data, *([] if evaluation is None else [evaluation])])
     before, mode = base.__dict__.get("forward"), model.training
-    kept_config = {name: getattr(base.config, name, None) for name in ("pad_token_id", "use_cache")}
+    kept_config = _kept(base.config, ("pad_token_id", "use_cache", "output_router_logits", "router_aux_loss_coef"))
     kept_padding = (tokenizer.pad_token, tokenizer.padding_side)
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch, _quiet():
         settings = _settings(training, folder or Path(scratch), data, folder is not None, evaluation, device)
@@ -186,30 +197,43 @@ def train(
             added.append(_Deadline(deadline, result))
         if "tensorboard" in training.log_to:
             added.append(_tensorboard(logs or (folder or Path(scratch)) / "logs"))
-        trainer = FineTuner(
-            model,
-            args=settings,
-            train_dataset=_dataset(data, tokenizer),
-            eval_dataset=None if evaluation is None else _dataset(evaluation, tokenizer),
-            processing_class=tokenizer,
-            callbacks=added,
-        )
+        rows, tested = _dataset(data, tokenizer), None if evaluation is None else _dataset(evaluation, tokenizer)
+        try:
+            trainer = FineTuner(
+                model,
+                args=settings,
+                train_dataset=rows,
+                eval_dataset=tested,
+                processing_class=tokenizer,
+                callbacks=added,
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template cannot write these conversations: {error}",
+                hint="leave out what it refuses, such as `system`, or give the tokenizer another chat template",
+            ) from error
         trainer.remove_callback(PrinterCallback)
         trainer.make_compact = masks if compact else None
         trainer.around = around
         result.examples = len(trainer.train_dataset)
-        result.dropped = 0 if training.packing else len(data.rows) - result.examples
-        if not result.examples:
-            raise InputError(
-                f"no example of `{data.source}` has a token to learn within {training.length} tokens",
-                hint="raise `length`",
-            )
+        found = trainer.fitted["train"]
+        result.dropped, result.cut, result.cut_tokens = found.dropped, found.cut, found.cut_tokens
+        result.notes += _notes_on_length(found, len(data.rows), data, training)
+        if evaluation is not None:
+            result.notes += _notes_on_length(trainer.fitted["eval"], len(evaluation.rows), evaluation, training)
         last = None if folder is None else last_whole(folder)
         try:
             first = None if evaluation is None else _first_loss(trainer, last, folder)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
             if evaluation is not None and result.finished:
                 trainer.evaluate()
+        except Exception as error:
+            if "No space left on device" not in str(error):  # safetensors and torch say it in classes of their own
+                raise
+            raise ResourceError(
+                f"a checkpoint cannot be written in `{settings.output_dir}`: no space is left on the device",
+                hint="free some disk space; --resume goes on from the last whole checkpoint, if there is one",
+            ) from error
         finally:
             if before is None:
                 base.__dict__.pop("forward", None)
@@ -222,12 +246,17 @@ def train(
         result.steps = trainer.state.global_step
         result.tokens = int(trainer._total_train_tokens)
         result.losses, result.evaluations = _curves(trainer.state.log_history, first)
-    if result.dropped:
-        result.notes.append(
-            f"{result.dropped} of {len(data.rows)} examples have no token to learn within {training.length} tokens "
-            "and were left out"
-        )
     return result
+
+
+@dataclass
+class _Fitted:
+    """What `length` left of the examples."""
+
+    kept: int
+    dropped: int
+    cut: int
+    cut_tokens: int
 
 
 class FineTuner(TwoPassTrainer, SFTTrainer):
@@ -235,6 +264,28 @@ class FineTuner(TwoPassTrainer, SFTTrainer):
 
     make_compact: FixedMasks | None = None
     around: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer] | None = None
+    fitted: dict[str, _Fitted]
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Return the token rows; what `max_length` takes from them is counted, also where they are packed."""
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        text, length = "text" in dataset.column_names, int(args.max_length)
+        rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        if text and packing:  # all of a long text is learned, piece by piece
+            rows = rows.map(_pieces, fn_kwargs={"length": length}, batched=True, remove_columns=rows.column_names)
+        labels = rows["labels"]
+        learns = [place for place, row in enumerate(labels) if any(label != -100 for label in row[:length])]
+        over = [len(labels[place]) - length for place in learns if len(labels[place]) > length]
+        if not hasattr(self, "fitted"):
+            self.fitted = {}
+        self.fitted[dataset_name] = _Fitted(len(learns), len(labels) - len(learns), len(over), sum(over))
+        rows = rows.select(learns)
+        if not learns:
+            return rows
+        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -265,7 +316,12 @@ class FineTuner(TwoPassTrainer, SFTTrainer):
         """Return the optimizer, with states for kept weights only or another one around it where that is asked for."""
         found: Any = self.optimizer
         if found is None:
-            super().create_optimizer(*args, **kwargs)
+            try:
+                super().create_optimizer(*args, **kwargs)
+            except ImportError as error:
+                raise InputError(f"the optimizer `{self.args.optim.value}` cannot be used: {error}") from error
+            except ValueError as error:
+                raise RecipeError(f"the optimizer `{self.args.optim.value}` cannot be used: {error}") from error
             found = self.optimizer
             if self.make_compact is not None:
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -301,6 +357,21 @@ def last_whole(folder: Path) -> Path | None:
         if (step := path.name.removeprefix("checkpoint-")).isdecimal() and (path / WHOLE).is_file()
     ]
     return max(found)[1] if found else None
+
+
+def check_training(training: Training) -> None:
+    """Raise RecipeError for an optimizer, seed or logger that cannot be, InputError for what is not installed."""
+    from transformers.training_args import OptimizerNames
+
+    known = sorted(one.value for one in OptimizerNames)
+    if training.optimizer not in known:
+        raise RecipeError(
+            f"`optimizer` is `{training.optimizer}`, which is none{did_you_mean(training.optimizer, known)}",
+            hint=f"known: {', '.join(known)}",
+        )
+    if not 0 <= training.seed < 2**32:
+        raise RecipeError(f"`seed` is {training.seed}, but must be from 0 to {2**32 - 1}")
+    check_logging(training.log_to)
 
 
 def check_logging(names: Sequence[str]) -> None:
@@ -383,6 +454,57 @@ def _dataset(data: Examples, tokenizer: Any) -> Any:
             for row in rows
         ]
     return datasets.Dataset.from_list(rows)
+
+
+def _need_end(tokenizer: Any, sets: Sequence[Examples]) -> None:
+    """Raise InputError if the tokenizer has no token for what training has to end or to pad."""
+    if tokenizer.eos_token is not None:
+        return
+    template = bool(getattr(tokenizer, "chat_template", None))
+    if tokenizer.pad_token is None or not all(template and one.answers for one in sets):
+        raise InputError(
+            "the tokenizer has no `eos_token`, so neither the end of a text nor padding could be written",
+            hint="set `eos_token` in its tokenizer_config.json",
+        )
+
+
+def _pieces(rows: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """Return rows of tokens in pieces of at most `length`."""
+    return {
+        name: [row[start : start + length] for row in rows[name] for start in range(0, len(row), length)]
+        for name in ("input_ids", "labels")
+    }
+
+
+def _notes_on_length(found: _Fitted, rows: int, data: Examples, training: Training) -> list[str]:
+    """Return what is to be said of examples that `length` cut or left nothing of.
+
+    Raises:
+        InputError: it left nothing of any.
+    """
+    if not found.kept:
+        raise InputError(
+            f"no example of `{data.source}` has a token to learn within {training.length} tokens", hint="raise `length`"
+        )
+    notes = []
+    if found.dropped:
+        notes.append(
+            f"{found.dropped} of {rows} examples have no token to learn within {training.length} tokens "
+            "and were left out"
+        )
+    if found.cut:
+        more = "" if data.answers else "; `packing` learns all of a long text"
+        notes.append(
+            f"{found.cut} of {rows} examples of `{data.source}` are longer than {training.length} tokens, and "
+            f"{found.cut_tokens:,} tokens at their ends were left out{more}"
+        )
+    return notes
+
+
+def _kept(config: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of these names that a model's configuration has, for putting them back."""
+    always = ("pad_token_id", "use_cache")
+    return {name: getattr(config, name, None) for name in names if name in always or hasattr(config, name)}
 
 
 def _first_loss(trainer: FineTuner, last: Path | None, folder: Path | None) -> float | None:
@@ -489,6 +611,8 @@ def _quiet() -> Iterator[None]:
     """Keep the bars and remarks of the data sets library off the terminal."""
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.utils.logging.disable_progress_bar()
+    writing = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("trl", "transformers", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -499,9 +623,13 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings(
                 "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
             )
+            # PEFT looks for the base model's config.json, which a packed folder or a live model lacks
+            warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if writing:
+            transformers_logging.enable_progress_bar()
         if shown:
             datasets.utils.logging.enable_progress_bar()
