@@ -62,10 +62,10 @@ batches of 2. The commands:
 FINETUNE = """## Fine-tuning a sparse model
 
 SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions (`completion_only=False`, packed,
-{steps} steps of {tokens} tokens) with about as many trained values for each adapter. *held out* is the loss of questions that nobody
-was trained on; perplexity is that of the first {windows} windows of the WikiText-2 test text, another domain; accuracy is the
-mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions each, so differences of a few points mean nothing.
-Merged and unmerged logits differ by at most {difference:.0e} of the largest. The command:
+{steps} steps of {tokens} tokens) with about as many trained values for each adapter. *held out* is the loss of questions that
+nobody was trained on; perplexity is that of the first {windows} windows of the WikiText-2 test text, another domain;
+accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions each, so differences of a few
+points mean nothing. Merged and unmerged logits differ by at most {difference:.0e} of the largest. The command:
 
     python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ...
 """

@@ -229,8 +229,9 @@ def finetune(
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": report["versions"],
     }
+    made = {**identity, "merge": merge}  # an unfinished run does not depend on it, its output does
     target = None if output is None else Path(output)
-    if target is not None and main and resume and _is_done(target, identity, overwrite):
+    if target is not None and main and resume and _is_done(target, made, overwrite):
         job.warnings.append(f"`{target}` was complete already, so nothing was done")
         return Result(job.model, {**report, **_as_published(target), "warnings": job.warnings})
     with _state(target, identity, resume=resume, overwrite=overwrite, main=main) as state:
@@ -253,7 +254,12 @@ def finetune(
             "cut_tokens": trained.cut_tokens,
             **_trainable(tuned),
         }
-        side = _side(identity, merge or config is None, job)
+        job.warnings += trained.notes
+        if strict and job.warnings:
+            raise StateError(
+                f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it"
+            )
+        side = _side(made, merge or config is None, job)
         if merge:
             result = _merged(tuned, words, job, state, target if main else None, side)
         else:
@@ -266,9 +272,6 @@ def finetune(
                     else:
                         _save_adapter(result, words, folder, side)
         after = sparsity_beneath(result)
-    job.warnings += trained.notes
-    if strict and job.warnings:
-        raise StateError(f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it")
     report |= {
         "sparsity": after,
         "merged": merge,
