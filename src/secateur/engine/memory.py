@@ -18,7 +18,7 @@ SOLVER_COPIES = 6  # float32 matrices of a linear's size alive while it is solve
 LIBRARY = 32 << 20  # buffers of the matrix library and the allocator's own slack, bytes
 PLANNING_TOKENS = 2048  # tokens of one backward pass through the whole model
 STATISTICS_COPIES = 2  # of the Gram: sums and means
-GRAM_COPIES = 2  # what a pruner holds beside them unless it says otherwise: damped copy with its factor, inverse factor
+GRAM_COPIES = 3  # what a pruner holds beside them unless it says otherwise: damped copy, its factor, inverse factor
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ What differs from the paper, each measured to lower the final loss:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class FISTAPruner:
     patience: Annotated[int, Field(ge=1)] = 3
     reweighted: bool = True
     scaled: bool = True
+
+    gram_copies: ClassVar[int] = 5  # held at most, as a profile of one layer shows
 
     @property
     def needs(self) -> frozenset[str]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -277,6 +277,8 @@ class SDS:
     scaled: bool = True
     exact: bool = True
     early_exit: bool = False
+
+    gram_copies: ClassVar[int] = 6  # held at most, as a profile of one layer shows
 
     @property
     def needs(self) -> frozenset[str]:
