@@ -191,6 +191,12 @@ def finetuning() -> str:
     if not lines:
         return ""
 
+    def alike(line: dict[str, Any], name: str) -> float | None:
+        """Return a value that was measured on as much text as the others, else None."""
+        same = all(line[one] == lines[0][one] for one in ("windows", "documents"))
+        value: float | None = line[name] if same else None
+        return value
+
     def digits(value: float | None, places: int) -> str:
         return "" if value is None else f"{value:.{places}f}"
 
@@ -202,8 +208,8 @@ def finetuning() -> str:
             f"{line['sparsity']:.4f}",
             digits(line.get("held_out_before"), 3),
             digits(line.get("held_out_after"), 3),
-            f"{line['perplexity']:.1f}",
-            digits(line["accuracy"], 3),
+            digits(alike(line, "perplexity"), 1),
+            digits(alike(line, "accuracy"), 3),
         ]
         for line in lines
     ]
