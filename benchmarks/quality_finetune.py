@@ -118,6 +118,7 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
         )
         more = {
             "trainable": report["trainable"],
+            "learning_rate": report["learning_rate"],
             "cpu_seconds": time.process_time() - started,
             "held_out_before": report["evaluations"][0]["loss"],
             "held_out_after": report["evaluations"][-1]["loss"],

@@ -67,7 +67,8 @@ nobody was trained on; perplexity is that of the first {windows} windows of the 
 accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions each, so differences of a few
 points mean nothing. Merged and unmerged logits differ by at most {difference:.0e} of the largest. The command:
 
-    python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ...
+    python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ... \\
+        --steps 24 --windows 6 --documents 50 --learning-rate spp=8e-3 masked_lora=1e-3 lora=1e-3 s2ft=1e-3
 """
 
 RATIOS = """## Speed

@@ -138,6 +138,17 @@ def test_the_model_tokenizer_and_random_generators_of_the_caller_are_left_alone(
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_a_refused_run_leaves_the_model_and_the_tokenizer_as_they_were(sparse):
+    loaded = secateur.load(sparse)
+    loaded.tokenizer.pad_token = None
+    with pytest.raises(InputError, match="no example"):
+        secateur.finetune(
+            loaded.model, loaded.tokenizer, adapter=None, inplace=True, **SHORT | {"length": 8, "completion_only": True}
+        )
+    assert loaded.tokenizer.pad_token is None
+    assert "forward" not in vars(loaded.model)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_curve(sparse, tmp_path):
     command = [
         *(sys.executable, "-m", "secateur", "finetune", sparse, "--data", DATA, "--evaluation", DATA, "--json"),

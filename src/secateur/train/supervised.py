@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from secateur.core import faults
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, did_you_mean, missing_extra
 from secateur.core.progress import Progress, Silent
+from secateur.core.shards import local
 from secateur.data.instructions import Examples
 from secateur.train.masking import FixedMasks, KeptOnly
 from secateur.train.trainer import KeepZeros, TwoPassTrainer
@@ -183,10 +184,7 @@ def train(
     if isinstance(positions, int) and 0 < positions < training.length:
         training = replace(training, length=positions)  # what is cut then is noted
     _need_end(tokenizer, [data, *([] if evaluation is None else [evaluation])])
-    before, mode = base.__dict__.get("forward"), model.training
-    kept_config = _kept(base.config, ("pad_token_id", "use_cache", "output_router_logits", "router_aux_loss_coef"))
-    kept_padding = (tokenizer.pad_token, tokenizer.padding_side)
-    with _undisturbed(), tempfile.TemporaryDirectory() as scratch, _quiet():
+    with _undisturbed(), _put_back(model, base, tokenizer), tempfile.TemporaryDirectory() as scratch, _quiet():
         settings = _settings(training, folder or Path(scratch), data, folder is not None, evaluation, device)
         added: list[TrainerCallback] = [_Shown(progress or Silent(), result), *callbacks]
         if folder is not None:
@@ -234,15 +232,6 @@ def train(
                 f"a checkpoint cannot be written in `{settings.output_dir}`: no space is left on the device",
                 hint="free some disk space; --resume goes on from the last whole checkpoint, if there is one",
             ) from error
-        finally:
-            if before is None:
-                base.__dict__.pop("forward", None)
-            else:
-                base.forward = before
-            for name, value in kept_config.items():
-                setattr(base.config, name, value)
-            tokenizer.pad_token, tokenizer.padding_side = kept_padding
-            model.train(mode)
         result.steps = trainer.state.global_step
         result.tokens = int(trainer._total_train_tokens)
         result.losses, result.evaluations = _curves(trainer.state.log_history, first)
@@ -337,8 +326,7 @@ class FineTuner(TwoPassTrainer, SFTTrainer):
 
     def _gradients_are_finite(self) -> bool:
         found = [gradient for parameter in self.model.parameters() if isinstance(gradient := parameter.grad, Tensor)]
-        local = [getattr(gradient, "_local_tensor", gradient) for gradient in found]  # of FSDP, a shard
-        norms = torch._foreach_norm([gradient for gradient in local if gradient.numel()])
+        norms = torch._foreach_norm([part for part in map(local, found) if part.numel()])
         total = torch.stack([norm.float() for norm in norms]).sum() if norms else torch.zeros(())
         return bool(torch.isfinite(self.accelerator.gather(total.reshape(1).to(self.accelerator.device))).all())
 
@@ -501,12 +489,6 @@ def _notes_on_length(found: _Fitted, rows: int, data: Examples, training: Traini
     return notes
 
 
-def _kept(config: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of these names that a model's configuration has, for putting them back."""
-    always = ("pad_token_id", "use_cache")
-    return {name: getattr(config, name, None) for name in names if name in always or hasattr(config, name)}
-
-
 def _first_loss(trainer: FineTuner, last: Path | None, folder: Path | None) -> float | None:
     """Return the evaluation loss before any training; a resumed run finds it where the first part left it."""
     note = None if folder is None else folder / FIRST
@@ -589,6 +571,33 @@ def _tensorboard(folder: Path) -> TrainerCallback:
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
+@contextmanager
+def _put_back(model: nn.Module, base: Any, tokenizer: Any) -> Iterator[None]:
+    """Give `model` and `tokenizer` back with the forward, mode and settings that they came with.
+
+    Args:
+        model: what is trained, PEFT's around `base` or `base` itself.
+        base: the transformers model, whose forward and configuration TRL changes.
+        tokenizer: that gets a padding token where it has none.
+    """
+    before, mode = base.__dict__.get("forward"), model.training
+    names = ("pad_token_id", "use_cache", "output_router_logits", "router_aux_loss_coef")
+    always = ("pad_token_id", "use_cache")
+    config = {name: getattr(base.config, name, None) for name in names if name in always or hasattr(base.config, name)}
+    padding = (tokenizer.pad_token, tokenizer.padding_side)
+    try:
+        yield
+    finally:
+        if before is None:
+            base.__dict__.pop("forward", None)
+        else:
+            base.forward = before
+        for name, value in config.items():
+            setattr(base.config, name, value)
+        tokenizer.pad_token, tokenizer.padding_side = padding
+        model.train(mode)
 
 
 @contextmanager
