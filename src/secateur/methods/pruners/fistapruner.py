@@ -60,7 +60,7 @@ class FISTAPruner:
     reweighted: bool = True
     scaled: bool = True
 
-    gram_copies: ClassVar[int] = 5  # held at most, as a profile of one layer shows
+    gram_copies: ClassVar[int] = 5  # tests/engine/test_memory.py measures it
 
     @property
     def needs(self) -> frozenset[str]:

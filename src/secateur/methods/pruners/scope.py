@@ -21,7 +21,7 @@ batch move together. In an N:M pattern both partners are of one group. Rows keep
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -64,6 +64,8 @@ class SCOPE:
     important: Annotated[int, Field(ge=2)] = 128
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
     damping: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 0.02
+
+    gram_copies: ClassVar[int] = 9  # tests/engine/test_memory.py measures it
 
     @property
     def needs(self) -> frozenset[str]:

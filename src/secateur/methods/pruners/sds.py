@@ -278,7 +278,7 @@ class SDS:
     exact: bool = True
     early_exit: bool = False
 
-    gram_copies: ClassVar[int] = 6  # held at most, as a profile of one layer shows
+    gram_copies: ClassVar[int] = 6  # tests/engine/test_memory.py measures it
 
     @property
     def needs(self) -> frozenset[str]:
