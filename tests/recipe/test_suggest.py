@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur.core.errors import InputError, PatternError, RecipeError, StateError
-from secateur.engine.probe import Costs
+from secateur.engine.probe import Costs, PlanCost
 from secateur.methods.registry import REGISTRY
 from secateur.recipe import suggest as suggesting
 from secateur.recipe.expected import BY_COST, ORDER, Option
@@ -26,6 +27,7 @@ def costs(**changes) -> Costs:
     names = dict.fromkeys(option.method + (" with refit" if option.refit else "") for option in ORDER)
     solvers = {name: 1.0 + BY_COST.index(name.split()[0]) for name in names}
     found = {"forward": 1e-3, "statistics": {"diag": 1e-4, "gram": 1e-3}, "solvers": solvers, "tuners": {"ebft": 4e-3}}
+    found["planners"] = {"loss-curves": PlanCost(outside=2e-3, token=3e-3, block=1.0)}
     return Costs(4, 10**6, tokens=1024, **{**found, **changes})
 
 
@@ -63,6 +65,7 @@ def test_measuring_leaves_a_live_model_as_it_was_and_measures_every_part(trained
     assert seen["forward"] > 0
     assert seen["tuners"]["ebft"] > seen["forward"]
     assert {"magnitude", "wanda", "sparsegpt", "sparsegpt with refit"} <= seen["solvers"].keys()
+    assert seen["planners"] == {}  # of N:M patterns
     assert seen["failed"] == {}
 
 
@@ -100,6 +103,39 @@ def test_an_option_that_could_not_be_measured_is_passed_over_with_its_reason(tra
     found = choice(30, trained_folder)
     assert "tuner" not in found["recipe"]["stages"][0]["prune"]
     assert any("would be tried before: ebft: there was no time left" in line for line in found["reason"])
+
+
+PLANNED = next(option for option in ORDER if option.plan is not None)
+
+
+@pytest.fixture
+def plans_first(monkeypatch):
+    """Lets the options with a plan be the best."""
+    monkeypatch.setattr(suggesting, "ORDER", sorted(ORDER, key=lambda option: option.plan is None))
+
+
+def test_a_plan_is_part_of_the_recipe_and_of_its_time(trained_folder, measured, plans_first):
+    found = choice(30, trained_folder)
+    prune = found["recipe"]["stages"][0]["prune"]
+    assert prune["plan"] == PLANNED.plan
+    assert any("the plan takes about" in line for line in found["reason"])
+    tokens = prune["calibration"]["samples"] * prune["calibration"]["length"]
+    without = dataclasses.replace(PLANNED, plan=None)
+    more = expected_seconds(PLANNED, costs(), tokens, 3) - expected_seconds(without, costs(), tokens, 3)
+    assert more == pytest.approx(tokens * (2e-3 + 4 * 3e-3) + 4 * 1.0)
+
+
+def test_a_plan_that_memory_is_too_small_for_is_passed_over(trained_folder, measured, plans_first, monkeypatch):
+    monkeypatch.setattr(suggesting, "available_memory", lambda: 10**6)
+    found = choice(30, trained_folder)
+    assert "plan" not in found["recipe"]["stages"][0]["prune"]
+    assert any("would be tried before: planning needs" in line for line in found["reason"])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "60% model"])
+def test_no_plan_divides_what_is_divided_already_or_mixes_patterns(trained_folder, measured, plans_first, pattern):
+    found = suggest(trained_folder, pattern=pattern, minutes=30, **TEXT)
+    assert all(line["plan"] is None for line in found["choices"])
 
 
 def test_methods_that_are_not_on_the_shelf_are_passed_over(trained_folder, measured, monkeypatch):
@@ -164,20 +200,33 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(trained_folder, measured
     Recipe.load(tmp_path / "r.yaml")
 
 
+def results(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text().splitlines()]
+
+
 def test_the_order_agrees_with_the_results_that_it_cites():
-    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/quality-smollm2.jsonl").read_text().splitlines()]
+    lines = [
+        {**line, "method": line["case"].partition(":")[0], "pattern": pattern, "plan": "uniform"}
+        | {"tuner": (line["tuner"] or {}).get("name", "none")}
+        for line in results("quality-smollm2.jsonl")
+        for pattern in ("70%", "2:4")
+        if line["case"].startswith(f"{line['case'].partition(':')[0]}:{pattern}")
+    ] + [
+        {**line, "perplexity": next(iter(line["perplexity"].values()))} for line in results("compare-own-smollm2.jsonl")
+    ]
     measured = [option for option in ORDER if option.source == "measured"]
     assert len(measured) >= 4
     for pattern in ("70%", "2:4"):
         found = []
         for option in measured:
+            wanted = (option.method, pattern, option.plan or "uniform", option.tuner or "none")
             values = [
                 line["perplexity"]
                 for line in lines
-                if line["case"].startswith(f"{option.method}:{pattern}")
-                and (line["tuner"] or {}).get("name") == option.tuner
+                if (line["method"], line["pattern"], line["plan"], line["tuner"]) == wanted
             ]
             found += [min(values)] if values else []
+        assert len(found) >= 4
         assert found == sorted(found), pattern
 
 

@@ -2,7 +2,9 @@
 
 Everything a sweep does to a block is either per token (the forward, the statistics, a tuning epoch) or per block (the
 solvers). One block of the middle is measured; blocks are alike in nearly all models, and where they are not the
-largest one is taken.
+largest one is taken. A planner looks at the whole model, so it is measured on a model of one block and on one of a few:
+what the others add is what every block costs, and the rest is what embeddings and head cost. Costs that are told from a
+difference of two times are measured twice, and the lesser time counts, because other programs run too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.core.contracts import BlockTuner, Pruner
+from secateur.core.contracts import BlockTuner, Planner, Pruner
 from secateur.core.errors import SecateurError
 from secateur.core.mask import Masks
 from secateur.core.pattern import Pattern
@@ -24,11 +26,29 @@ from secateur.core.progress import Progress, Silent, step
 from secateur.core.solve import solve
 from secateur.engine.calibrate import at_once
 from secateur.engine.groups import Group
+from secateur.engine.planning import Planning
 from secateur.engine.stream import WorkingBlock
 from secateur.engine.sweep import Sweep
 from secateur.engine.traversal import Traversal
-from secateur.models.blocks import find_blocks
+from secateur.models.blocks import Blocks, find_blocks, shortened
 from secateur.models.linears import LinearView
+
+FEW = 3  # blocks of the model that a planner is measured on
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Measured seconds of a planner.
+
+    Attributes:
+        outside: of a token in what lies outside of the blocks.
+        token: of a token in one block.
+        block: of one block, however many tokens there are.
+    """
+
+    outside: float
+    token: float
+    block: float
 
 
 @dataclass
@@ -42,7 +62,8 @@ class Costs:
         statistics: `{what is collected: seconds of a token in one block}`, beyond the forward.
         solvers: `{method: seconds of one block}`; the methods that were measured.
         tuners: `{tuner: seconds of a token and an epoch in one block}`.
-        failed: `{method: why it could not be measured}`.
+        planners: `{planner: its seconds}`.
+        failed: `{method, tuner or planner: why it could not be measured}`.
         tokens: how many tokens it was measured with.
         seconds: what measuring took.
     """
@@ -53,9 +74,15 @@ class Costs:
     statistics: dict[str, float] = field(default_factory=dict)
     solvers: dict[str, float] = field(default_factory=dict)
     tuners: dict[str, float] = field(default_factory=dict)
+    planners: dict[str, PlanCost] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+
+    def planning(self, name: str, tokens: int) -> float:
+        """Return the seconds that planner `name` takes for the whole model with so many tokens."""
+        cost = self.planners[name]
+        return tokens * (cost.outside + self.blocks * cost.token) + self.blocks * cost.block
 
 
 def probe(
@@ -64,6 +91,7 @@ def probe(
     patterns: Mapping[str, Pattern],
     solvers: Mapping[str, tuple[Pruner, bool]],
     tuners: Mapping[str, BlockTuner],
+    planners: Mapping[str, tuple[Planner, Pruner]] | None = None,
     *,
     device: torch.device,
     most_seconds: float,
@@ -77,6 +105,7 @@ def probe(
         patterns: `{linear name: Pattern}`.
         solvers: `{name: (pruner, refit)}`, cheapest first: when `most_seconds` are over, the rest is not measured.
         tuners: `{name: tuner}`, set to a single epoch.
+        planners: `{name: (planner, the pruner that follows)}`; measured last.
         device: where blocks are computed.
         most_seconds: begin no further measurement after this time.
         progress: told about every measurement.
@@ -89,12 +118,13 @@ def probe(
     index = middle if sizes[middle] == max(sizes) else sizes.index(max(sizes))
     costs = Costs(len(sizes), sum(sizes), tokens=ids.numel())
     walk = Traversal(Sweep(patterns=patterns, device=device), model, ids, None, None, None, Silent())
-    with torch.no_grad(), step(show, "measuring one block", 2 + len(solvers) + len(tuners)) as number:
+    planners = planners or {}
+    with torch.no_grad(), step(show, "measuring one block", 2 + len(solvers) + len(tuners) + len(planners)) as number:
         walk.batches.embed(Silent())
         work = walk.work(index)
         chosen = [linear for linear in work.linears if linear.name in patterns]
         walk.batches.forward(work, walk.batches.sparse)  # the first one pays for what is set up once
-        costs.forward = _seconds(lambda: walk.batches.forward(work, walk.batches.sparse), device) / ids.numel()
+        costs.forward = _least(lambda: walk.batches.forward(work, walk.batches.sparse), device) / ids.numel()
         show.advance(number, 1)
         groups = _statistics(costs, walk, work, chosen, ids.numel(), device)
         show.advance(number, 1)
@@ -113,6 +143,15 @@ def probe(
                 except SecateurError as error:
                     costs.failed[name] = str(error)
             show.advance(number, 1)
+        for name, (planner, pruner) in planners.items():
+            if time.perf_counter() - started > most_seconds:
+                costs.failed[name] = "there was no time left to measure it"
+            else:
+                try:
+                    costs.planners[name] = _planning(model, blocks, ids, planner, pruner, patterns, device)
+                except SecateurError as error:
+                    costs.failed[name] = str(error)
+            show.advance(number, 1)
     costs.seconds = time.perf_counter() - started
     return costs
 
@@ -127,7 +166,7 @@ def _statistics(
         found.update((linear.name, group) for linear, group in at_once(walk.batches, work, chosen, wanted))
 
     for kind, wanted in (("diag", ("diag", "mean")), ("gram", ("gram", "diag", "mean"))):
-        spent = _seconds(partial(look, wanted), device) / tokens
+        spent = _least(partial(look, wanted), device) / tokens
         costs.statistics[kind] = max(spent - costs.forward, 0.0)
     return found
 
@@ -173,6 +212,47 @@ def _tuning(walk: Traversal, index: int, tuner: BlockTuner, patterns: Mapping[st
                 masks[linear.name] = patterns[linear.name].mask(weight.float().abs(), "layer")
                 linear.write(weight * masks[linear.name])
     return walk.tune(tuner, work, masks, targets, lambda fraction: None).seconds
+
+
+def _planning(
+    model: nn.Module,
+    blocks: Blocks,
+    ids: Tensor,
+    planner: Planner,
+    pruner: Pruner,
+    patterns: Mapping[str, Pattern],
+    device: torch.device,
+) -> PlanCost:
+    """Return what `planner` costs, from the first one and the first few blocks of the model."""
+
+    def seconds(count: int, tokens: Tensor) -> float:
+        homes = tuple(f"{name}." for name in blocks.names[:count])
+        inside = {name: pattern for name, pattern in patterns.items() if name.startswith(homes)}
+        sweep = Sweep(patterns=inside, pruner=pruner, device=device)
+        planning = Planning(planner, frozenset(inside), next(iter(inside.values())))
+        with shortened(model, blocks, count), torch.enable_grad():
+            return _least(lambda: planning.run(sweep, model, tokens), device)
+
+    half = ids[:, : ids.shape[1] // 2]
+    some, one = seconds(1, half), seconds(1, ids)
+    token = max(one - some, 0.0) / (ids.numel() - half.numel())
+    block = max(one - token * ids.numel(), 0.0)
+    outside = 0.0
+    few = min(FEW, len(blocks))
+    if few > 1:
+        added = max(seconds(few, ids) - one, 0.0) / (few - 1)
+        block = min(block, added)
+        outside, token = token, (added - block) / ids.numel()
+        outside = max(outside - token, 0.0)
+    # the first blocks may be smaller than the rest
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in blocks.modules]
+    scale = (sum(sizes) / len(sizes)) / (sum(sizes[:few]) / few)
+    return PlanCost(outside, token * scale, block * scale)
+
+
+def _least(work: Callable[[], object], device: torch.device) -> float:
+    """Return the lesser wall time of calling `work` twice."""
+    return min(_seconds(work, device), _seconds(work, device))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

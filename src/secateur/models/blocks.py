@@ -73,6 +73,25 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(tuple(f"{name}.{index}" for index in range(len(blocks))), list(blocks))
 
 
+@contextmanager
+def shortened(model: nn.Module, blocks: Blocks, count: int) -> Iterator[nn.Module]:
+    """Let `model` end after its first `count` blocks; embeddings, head and the blocks' names stay as they are.
+
+    Args:
+        model: the model that `blocks` belong to; it is whole again afterwards.
+        blocks: from `find_blocks(model)`.
+        count: at least 1.
+    """
+    home, _, place = blocks.names[0].rpartition(".")[0].rpartition(".")
+    parent = model.get_submodule(home)
+    whole = getattr(parent, place)
+    try:
+        setattr(parent, place, nn.ModuleList(blocks.modules[:count]))
+        yield model
+    finally:
+        setattr(parent, place, whole)
+
+
 def capture(
     model: nn.Module,
     blocks: Blocks,

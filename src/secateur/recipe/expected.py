@@ -2,8 +2,8 @@
 
 The order is by perplexity where this project has measured it (SmolLM2-135M, WikiText-2, shown in `docs/results.md`), and
 by the papers' own tables where it has not: those combinations come after every measured one with the same tuner that is
-known to be good, and never before block tuning, whose gain is the largest of all that was measured. Planners have no place
-in it, because what planning takes cannot be told from one block. Methods that are not on the shelf are passed over.
+known to be good, and never before block tuning, whose gain is the largest of all that was measured. Options with a plan
+are for unstructured sparsity alone. Methods that are not on the shelf are passed over.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ ORDER: tuple[Option, ...] = (
     Option("alps", "ebft", False, None, "measured", "perplexity 56.2 at 70 %, dense 23.5"),
     Option("sparsegpt", "ebft", True, None, "measured", "perplexity 60.4 at 70 %, 47.4 at 2:4"),
     Option("wanda", "ebft", True, None, "measured", "perplexity 66.8 at 70 %, 49.6 at 2:4"),
+    Option("alps", None, False, "loss-curves", "measured", "perplexity 73.3 at 70 %, 90.5 without the plan"),
     Option("alps", None, False, None, "measured", "perplexity 90.5 at 70 %, 53.3 at 2:4"),
     Option("scope", None, False, None, "papers", "at most the layer loss of its base ALPS, by construction"),
     Option("mrp", None, False, None, "measured", "perplexity 180 at 70 % where SparseGPT has 525 and ALPS 162"),

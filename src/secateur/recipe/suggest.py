@@ -7,7 +7,7 @@ calibration that is worth having is taken; what time it leaves goes into more ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from secateur.core.errors import InputError, RecipeError, ResourceError, StateError
-from secateur.core.pattern import Pattern, Unstructured, parse_pattern
+from secateur.core.pattern import NM, Pattern, Unstructured, parse_pattern
 from secateur.core.progress import Progress, Silent
 from secateur.core.quantities import duration
 from secateur.core.registry import Entry
@@ -24,7 +24,7 @@ from secateur.core.versions import versions
 from secateur.data.calibration import from_ids
 from secateur.data.text import load_text, tokenise
 from secateur.engine.budget import assign, divides_model
-from secateur.engine.memory import available_memory, plan_memory
+from secateur.engine.memory import MemoryPlan, available_memory, plan_memory, with_planning
 from secateur.engine.probe import Costs, probe
 from secateur.engine.stream import compute_dtype
 from secateur.engine.sweep import Sweep
@@ -126,11 +126,12 @@ def suggest(
     ids = tokenise(text, job.need_tokenizer("calibrate on text"))
     rungs = _rungs(len(ids), positions)
     options = [option for option in ORDER if all(_entry(name) for name in _named(option))]
-    if divides_model(
-        patterns.values()
-    ):  # a budget over the whole model needs scores, and costs what one per layer costs
+    divides = divides_model(patterns.values())
+    if divides:  # a budget over the whole model needs scores, and costs what one per layer costs
         options = [option for option in options if hasattr(REGISTRY.find(option.method).load(), "score")]
         patterns = {name: Unstructured(each.sparsity, "layer") for name, each in patterns.items()}
+    if divides or isinstance(general, NM):  # a plan would mix N:M, of which machines know one
+        options = [option for option in options if option.plan is None]
     samples, length = max(1, 1024 // rungs[0][1]), rungs[0][1]
     few = from_ids(ids[: samples * length].reshape(samples, length), vocabulary=_vocabulary(job)).ids
     costs = probe(
@@ -142,30 +143,51 @@ def suggest(
             for option in sorted(options, key=lambda option: (BY_COST.index(option.method), option.refit))
         },
         {name: _tuner(name, 1) for name in dict.fromkeys(option.tuner for option in options) if name is not None},
+        {
+            option.plan: (build_method(option.plan, "planner", where="plan"), build_method(option.method, "pruner"))
+            for option in options
+            if option.plan is not None
+        },
         device=job.device,
         most_seconds=max(60 * minutes * PROBE, 5.0),
         progress=show,
     )
     stored = sum(parameter.nbytes for parameter in job.model.parameters())
     available = 60 * minutes * RESERVE - _fixed(costs, stored, job, perplexity is not None)
-    choices = [_choose(option, costs, rungs, available) for option in options]
+    blocks = find_blocks(job.model)
+    hidden, dtype_of_blocks = job.config().hidden_size, compute_dtype(job.model, job.device)
+    free = available_memory()
+
+    def memory_of(choice: Choice) -> MemoryPlan:
+        option = choice.option
+        sweep = Sweep(
+            patterns=patterns,
+            pruner=build_method(option.method, "pruner"),
+            tuner=None if option.tuner is None else _tuner(option.tuner, choice.epochs),
+            refit=option.refit,
+            device=job.device,
+        )
+        return plan_memory(blocks, sweep, choice.samples, choice.length, hidden, dtype_of_blocks)
+
+    def fitting(choice: Choice) -> Choice:
+        """Pass over a plan that the memory is too small for; all else can wait on disk."""
+        if choice.option.plan is None or not choice.fits:
+            return choice
+        planner = build_method(choice.option.plan, "planner", where="plan")
+        need = with_planning(memory_of(choice), planner, blocks, choice.length, hidden, _vocabulary(job)).total
+        if need <= free:
+            return choice
+        why = f"planning needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        return dataclasses.replace(choice, fits=False, why=why)
+
+    choices = [fitting(_choose(option, costs, rungs, available)) for option in options]
     chosen = next((choice for choice in choices if choice.fits), None)
     if chosen is None:
         least = min((c.seconds for c in choices if c.seconds is not None), default=None)
         fixed = _fixed(costs, stored, job, perplexity is not None)
         needed = "" if least is None else f"; the quickest option needs about {duration((least + fixed) / RESERVE)}"
         raise RecipeError(f"nothing fits in {minutes:g} minutes on this machine{needed}", hint="give it more --minutes")
-    sweep = Sweep(
-        patterns=patterns,
-        pruner=build_method(chosen.option.method, "pruner"),
-        tuner=None if chosen.option.tuner is None else _tuner(chosen.option.tuner, chosen.epochs),
-        refit=chosen.option.refit,
-        device=job.device,
-    )
-    dtype_of_blocks = compute_dtype(job.model, job.device)
-    blocks = find_blocks(job.model)
-    memory = plan_memory(blocks, sweep, chosen.samples, chosen.length, job.config().hidden_size, dtype_of_blocks).total
-    free = available_memory()
+    memory = memory_of(chosen).total
     window = min(WINDOW, positions or WINDOW)
     data = _recipe(job.spec, str(general), chosen, calibration, perplexity, window, seed, device, dtype)
     if field != "text":
@@ -259,7 +281,7 @@ def expected_seconds(option: Option, costs: Costs, tokens: int, epochs: int) -> 
         tokens: of the calibration.
         epochs: of the tuner.
     """
-    if _solver(option) not in costs.solvers or (option.tuner is not None and option.tuner not in costs.tuners):
+    if any(name not in known for name, known in _parts(option, costs)):
         return None
     entry = _entry(option.method)
     needs = set(entry.needs) if entry is not None else set()
@@ -273,8 +295,19 @@ def expected_seconds(option: Option, costs: Costs, tokens: int, epochs: int) -> 
         # targets, and the tuned block's outputs; an error at the start, and one epoch after the other
         each_token += 3 * costs.forward + epochs * costs.tuners[option.tuner]
     elif not needs and not option.refit:
-        tokens = 0  # no text is read
-    return costs.blocks * (tokens * each_token + costs.solvers[_solver(option)])
+        each_token = 0.0  # no text is read
+    planning = 0.0 if option.plan is None else costs.planning(option.plan, tokens)
+    return planning + costs.blocks * (tokens * each_token + costs.solvers[_solver(option)])
+
+
+def _parts(option: Option, costs: Costs) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the names of what an option is made of, each with where its cost is kept."""
+    named: list[tuple[str | None, Mapping[str, Any]]] = [
+        (_solver(option), costs.solvers),
+        (option.tuner, costs.tuners),
+        (option.plan, costs.planners),
+    ]
+    return [(name, kept) for name, kept in named if name is not None]
 
 
 def _choose(option: Option, costs: Costs, rungs: Sequence[tuple[int, int]], available: float) -> Choice:
@@ -283,8 +316,8 @@ def _choose(option: Option, costs: Costs, rungs: Sequence[tuple[int, int]], avai
     samples, length = rungs[0]
     least = expected_seconds(option, costs, samples * length, fewest)
     if least is None:
-        names = (_solver(option), option.tuner or "")
-        why = next((f"{name}: {costs.failed[name]}" for name in names if name in costs.failed), "not measured")
+        failed = [name for name, _ in _parts(option, costs) if name in costs.failed]
+        why = next((f"{name}: {costs.failed[name]}" for name in failed), "not measured")
         return Choice(option, samples, length, fewest, None, False, why)
     if least > available:
         return Choice(option, samples, length, fewest, least, False, "takes too long")
@@ -351,7 +384,7 @@ def _reasons(
     short: bool,
 ) -> list[str]:
     """Return why it is this recipe, a sentence each."""
-    option = chosen.option
+    option, tokens = chosen.option, chosen.samples * chosen.length
     found = [
         f"{option.label}: the best that fits in {minutes:g} minutes, expected to take about {duration(expected)}",
         f"its place in the order comes from {MEASURED if option.source == 'measured' else 'papers'}: {option.note}",
@@ -366,6 +399,8 @@ def _reasons(
         found.append(f"{size}, the most that fits")
     if option.tuner is not None:
         found.append(f"{chosen.epochs} epochs of {option.tuner} at most; it stops where it gains nothing")
+    if option.plan is not None:
+        found.append(f"the plan takes about {duration(costs.planning(option.plan, tokens))} of that")
     if short:
         found.append("hidden states wait on disk, because main memory is too small for them")
     found.append(
