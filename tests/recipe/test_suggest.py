@@ -14,9 +14,10 @@ from secateur.core.errors import InputError, PatternError, RecipeError, StateErr
 from secateur.engine.probe import Costs, PlanCost
 from secateur.methods.registry import REGISTRY
 from secateur.recipe import suggest as suggesting
+from secateur.recipe.choice import expected_seconds
 from secateur.recipe.expected import BY_COST, ORDER, Option
 from secateur.recipe.schema import Recipe
-from secateur.recipe.suggest import RESERVE, expected_seconds, suggest
+from secateur.recipe.suggest import RESERVE, suggest
 
 ROOT = Path(__file__).parents[2]
 TEXT = {"calibration": "builtin:tiny-calibration"}

@@ -36,6 +36,11 @@ class Option:
     note: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The methods of the shelf that it is made of."""
+        return tuple(name for name in (self.method, self.tuner, self.plan) if name is not None)
+
+    @property
     def label(self) -> str:
         """What the option is called in reasons and tables."""
         words = self.method + (" with refit" if self.refit else "")

@@ -7,19 +7,17 @@ calibration that is worth having is taken; what time it leaves goes into more ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.core.errors import InputError, RecipeError, ResourceError, StateError
+from secateur.core.errors import RecipeError, ResourceError, StateError
 from secateur.core.pattern import NM, Pattern, Unstructured, parse_pattern
 from secateur.core.progress import Progress, Silent
 from secateur.core.quantities import duration
-from secateur.core.registry import Entry
 from secateur.core.versions import versions
 from secateur.data.calibration import from_ids
 from secateur.data.text import load_text, tokenise
@@ -31,42 +29,17 @@ from secateur.engine.sweep import Sweep
 from secateur.methods.registry import REGISTRY
 from secateur.models.blocks import find_blocks
 from secateur.recipe.build import build_method
-from secateur.recipe.expected import BY_COST, MEASURED, ORDER, Option
+from secateur.recipe.choice import Choice, calibrations, choose, solver_of
+from secateur.recipe.expected import BY_COST, MEASURED, ORDER
 from secateur.recipe.job import Job
 from secateur.recipe.report import write_text
 from secateur.recipe.schema import Recipe
 from secateur.recipe.yaml_writer import to_yaml
 
-# calibrations worth having, (samples, length), from the least; the last is that of the papers
-RUNGS = ((16, 512), (32, 512), (64, 512), (128, 512), (128, 1024), (128, 2048))
-EPOCHS = (3, 5, 10)  # of the tuner, from the least; it stops early where nothing is gained
 RESERVE = 0.8  # of the time that is planned for: other programs run too, and a few tokens measure a cost roughly
 PROBE = 0.1  # of the time that measuring may take
 DISK = 200e6  # bytes a second at which a model is read, journalled, written and hashed, taken low
 WINDOWS, WINDOW = 20, 1024  # of the evaluation, where a text for it is named
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An option with the calibration and epochs that fit, or the least of both where nothing fits.
-
-    Attributes:
-        option: what to run.
-        samples: calibration samples.
-        length: tokens of each.
-        epochs: of the tuner; 0 without one.
-        seconds: what it is expected to take; None where it could not be measured.
-        fits: whether that is within the time.
-        why: why it cannot be taken, empty if it can.
-    """
-
-    option: Option
-    samples: int
-    length: int
-    epochs: int
-    seconds: float | None
-    fits: bool
-    why: str = ""
 
 
 def suggest(
@@ -124,8 +97,9 @@ def suggest(
     positions = getattr(job.config(), "max_position_embeddings", None)
     text = load_text(str(calibration), field=field, skip_bad=skip_bad)
     ids = tokenise(text, job.need_tokenizer("calibrate on text"))
-    rungs = _rungs(len(ids), positions)
-    options = [option for option in ORDER if all(_entry(name) for name in _named(option))]
+    rungs = calibrations(len(ids), positions)
+    shelf = {entry.name for entry in REGISTRY}
+    options = [option for option in ORDER if shelf.issuperset(option.names)]
     divides = divides_model(patterns.values())
     if divides:  # a budget over the whole model needs scores, and costs what one per layer costs
         options = [option for option in options if hasattr(REGISTRY.find(option.method).load(), "score")]
@@ -139,7 +113,7 @@ def suggest(
         few,
         patterns,
         {
-            _solver(option): (build_method(option.method, "pruner"), option.refit)
+            solver_of(option): (build_method(option.method, "pruner"), option.refit)
             for option in sorted(options, key=lambda option: (BY_COST.index(option.method), option.refit))
         },
         {name: _tuner(name, 1) for name in dict.fromkeys(option.tuner for option in options) if name is not None},
@@ -180,7 +154,7 @@ def suggest(
         why = f"planning needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
         return dataclasses.replace(choice, fits=False, why=why)
 
-    choices = [fitting(_choose(option, costs, rungs, available)) for option in options]
+    choices = [fitting(choose(option, costs, rungs, available)) for option in options]
     chosen = next((choice for choice in choices if choice.fits), None)
     if chosen is None:
         least = min((c.seconds for c in choices if c.seconds is not None), default=None)
@@ -222,25 +196,12 @@ def suggest(
         "yaml": written,
         "reason": reason,
         "expected_seconds": expected,
-        "choices": [_line(choice) for choice in choices],
+        "choices": [choice.words() for choice in choices],
         "costs": dataclasses.asdict(costs),
         "output": None if target is None else str(target),
         "versions": versions(),
         "warnings": [*job.warnings, *text.notes],
     }
-
-
-def _entry(name: str) -> Entry | None:
-    return next((entry for entry in REGISTRY if entry.name == name), None)
-
-
-def _named(option: Option) -> list[str]:
-    return [name for name in (option.method, option.tuner, option.plan) if name is not None]
-
-
-def _solver(option: Option) -> str:
-    """Return under which name the cost of an option's solver is kept."""
-    return option.method + (" with refit" if option.refit else "")
 
 
 def _tuner(name: str, epochs: int) -> Any:
@@ -250,87 +211,6 @@ def _tuner(name: str, epochs: int) -> Any:
 def _vocabulary(job: Job) -> int:
     embeddings: Any = job.model.get_input_embeddings()  # type: ignore[operator]
     return int(embeddings.num_embeddings)
-
-
-def _rungs(tokens: int, positions: int | None) -> list[tuple[int, int]]:
-    """Return the calibrations that the text and the model allow, from the least.
-
-    Raises:
-        InputError: if the text has too few tokens for the least.
-    """
-    found = [
-        (samples, min(length, positions or length))
-        for samples, length in RUNGS
-        if samples * min(length, positions or length) < tokens
-    ]
-    if not found:
-        samples, length = RUNGS[0][0], min(RUNGS[0][1], positions or RUNGS[0][1])
-        raise InputError(
-            f"the calibration text has {tokens} tokens, but the least calibration is {samples} samples of {length}",
-            hint="name a longer text with --calibration",
-        )
-    return list(dict.fromkeys(found))
-
-
-def expected_seconds(option: Option, costs: Costs, tokens: int, epochs: int) -> float | None:
-    """Return what pruning and tuning all blocks will take; None where a part of it could not be measured.
-
-    Args:
-        option: what to run.
-        costs: as measured.
-        tokens: of the calibration.
-        epochs: of the tuner.
-    """
-    if any(name not in known for name, known in _parts(option, costs)):
-        return None
-    entry = _entry(option.method)
-    needs = set(entry.needs) if entry is not None else set()
-    statistics = 0.0
-    if option.refit or "gram" in needs:
-        statistics = costs.statistics["gram"]
-    elif needs:
-        statistics = costs.statistics["diag"]
-    each_token = costs.forward + statistics
-    if option.tuner is not None:
-        # targets, and the tuned block's outputs; an error at the start, and one epoch after the other
-        each_token += 3 * costs.forward + epochs * costs.tuners[option.tuner]
-    elif not needs and not option.refit:
-        each_token = 0.0  # no text is read
-    planning = 0.0 if option.plan is None else costs.planning(option.plan, tokens)
-    return planning + costs.blocks * (tokens * each_token + costs.solvers[_solver(option)])
-
-
-def _parts(option: Option, costs: Costs) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the names of what an option is made of, each with where its cost is kept."""
-    named: list[tuple[str | None, Mapping[str, Any]]] = [
-        (_solver(option), costs.solvers),
-        (option.tuner, costs.tuners),
-        (option.plan, costs.planners),
-    ]
-    return [(name, kept) for name, kept in named if name is not None]
-
-
-def _choose(option: Option, costs: Costs, rungs: Sequence[tuple[int, int]], available: float) -> Choice:
-    """Return the option with the most calibration and epochs that fit in `available` seconds."""
-    fewest = EPOCHS[0] if option.tuner is not None else 0
-    samples, length = rungs[0]
-    least = expected_seconds(option, costs, samples * length, fewest)
-    if least is None:
-        failed = [name for name, _ in _parts(option, costs) if name in costs.failed]
-        why = next((f"{name}: {costs.failed[name]}" for name in failed), "not measured")
-        return Choice(option, samples, length, fewest, None, False, why)
-    if least > available:
-        return Choice(option, samples, length, fewest, least, False, "takes too long")
-    best = Choice(option, samples, length, fewest, least, True)
-    for samples, length in rungs:
-        seconds = expected_seconds(option, costs, samples * length, fewest)
-        if seconds is not None and seconds <= available:
-            best = dataclasses.replace(best, samples=samples, length=length, seconds=seconds)
-    for epochs in EPOCHS if option.tuner is not None else ():
-        seconds = expected_seconds(option, costs, best.samples * best.length, epochs)
-        if seconds is not None and seconds <= available:
-            best = dataclasses.replace(best, epochs=epochs, seconds=seconds)
-    return best
 
 
 def _fixed(costs: Costs, stored: int, job: Job, evaluated: bool) -> float:
@@ -405,14 +285,7 @@ def _reasons(
         found.append("hidden states wait on disk, because main memory is too small for them")
     found.append(
         f"measured on one of {costs.blocks} blocks with {costs.tokens} tokens in {duration(costs.seconds)}: "
-        f"{1e6 * costs.forward:.1f} us for a token's forward, {duration(costs.solvers[_solver(option)])} to solve a block"
+        f"{1e6 * costs.forward:.1f} us for a token's forward, {duration(costs.solvers[solver_of(option)])} to solve a block"
         + (f", {1e6 * costs.tuners[option.tuner]:.1f} us for a token's epoch" if option.tuner is not None else "")
     )
     return found
-
-
-def _line(choice: Choice) -> dict[str, Any]:
-    """Return a choice as plain data."""
-    option = dataclasses.asdict(choice.option)
-    rest = {field.name: getattr(choice, field.name) for field in dataclasses.fields(choice) if field.name != "option"}
-    return {**option, **rest}
