@@ -65,6 +65,16 @@ def remask_(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
+def settings(words: list[str]) -> dict[str, dict[str, Any]]:
+    """Return `{adapter: {field: value}}` of `adapter.field=value`."""
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        place, _, value = word.partition("=")
+        name, _, field = place.partition(".")
+        found.setdefault(name, {})[field] = json.loads(value)
+    return found
+
+
 def rows(model_name: str, given: argparse.Namespace) -> None:
     """Print the rows of one model."""
     loaded = secateur.load(model_name)
@@ -107,7 +117,7 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
             tokenizer,
             data=learned,
             evaluation=held_out,
-            adapter=ADAPTERS[name],
+            adapter={**ADAPTERS[name], **given.set.get(name, {})},
             steps=given.steps,
             length=given.length,
             batch_size=given.batch_size,
@@ -119,6 +129,7 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
         more = {
             "trainable": report["trainable"],
             "learning_rate": report["learning_rate"],
+            "changed": given.set.get(name, {}),
             "cpu_seconds": time.process_time() - started,
             "held_out_before": report["evaluations"][0]["loss"],
             "held_out_after": report["evaluations"][-1]["loss"],
@@ -152,9 +163,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=48, help="examples at the end whose loss is measured")
     parser.add_argument("--documents", type=int, default=80)
     parser.add_argument("--learning-rate", nargs="*", default=[], metavar="NAME=X")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME.FIELD=VALUE", help="of an adapter, value as JSON")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.learning_rate = {name: float(rate) for name, rate in (pair.split("=") for pair in given.learning_rate)}
+    given.set = settings(given.set)
     for model in given.models:
         rows(model, given)
 
