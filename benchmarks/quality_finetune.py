@@ -122,13 +122,14 @@ def rows(model_name: str, given: argparse.Namespace) -> None:
             length=given.length,
             batch_size=given.batch_size,
             packing=True,
-            completion_only=False,
+            completion_only=given.completion_only,
             learning_rate=given.learning_rate.get(name),
             log_every=5,
         )
         more = {
             "trainable": report["trainable"],
             "learning_rate": report["learning_rate"],
+            "completion_only": given.completion_only,
             "changed": given.set.get(name, {}),
             "cpu_seconds": time.process_time() - started,
             "held_out_before": report["evaluations"][0]["loss"],
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--completion-only", action="store_true", help="learn answers alone, not questions")
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--held-out", type=int, default=48, help="examples at the end whose loss is measured")
     parser.add_argument("--documents", type=int, default=80)

@@ -166,6 +166,18 @@ def test_a_killed_run_goes_on_with_the_same_plan(place, whole, trained_folder, t
     assert [path.name for path in tmp_path.iterdir()] == ["killed"]
 
 
+def test_runs_that_plan_alike_share_a_kept_plan(model, words, tmp_path):
+    def run(**changes):
+        settings = {"pattern": "60%", "plan": "owl", "plans": tmp_path / "plans", **CALIBRATION, **changes}
+        return secateur.prune(model, words, **settings).report["planned"]
+
+    first, second, other = run(method="alps"), run(method="sparsegpt"), run(method="alps", pattern="50%")
+    assert (first["again"], second["again"], other["again"]) == (False, True, False)
+    assert first["seconds"] == second["seconds"] > 0
+    assert first["linears"] == second["linears"] != other["linears"]
+    assert len(list((tmp_path / "plans").iterdir())) == 2
+
+
 def test_another_plan_cannot_resume_a_run(trained_folder, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(SecateurError, match="time limit"):

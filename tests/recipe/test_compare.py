@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -18,6 +19,7 @@ import secateur
 from secateur.core import faults
 from secateur.core.errors import InputError, PatternError, RecipeError, StateError
 from secateur.engine.statistics import LayerStats
+from secateur.methods.planners.owl import OWL
 from secateur.recipe.compare import compare
 from secateur.recipe.comparison import Comparison
 
@@ -411,3 +413,22 @@ def test_plans_are_rows_of_their_own(statistics, small, tmp_path):
     if statistics == "own":
         made = secateur.prune(small, method="wanda", pattern="60%", plan={"name": "owl", "spread": 0.05}, **CALIBRATION)
         assert made.report["sparsity"] == rows[2]["sparsity"]
+
+
+@pytest.mark.parametrize("statistics", ["own", "shared"])
+def test_rows_that_are_planned_alike_share_one_plan_and_each_counts_its_time(statistics, small, tmp_path, monkeypatch):
+    made = []
+
+    def plan(self, task, original=OWL.plan):
+        made.append(task.budget.scope)
+        time.sleep(0.5)
+        return original(self, task)
+
+    monkeypatch.setattr(OWL, "plan", plan)
+    settings = {"methods": ["sparsegpt", "alps"], "tuner": ["none", {"name": "ebft", "epochs": 1}]}
+    report = table(small, tmp_path / "table", plan="owl", pattern=["60%"], statistics=statistics, **settings)
+    rows = [row for row in report["rows"] if row["method"] != "dense"]
+    assert [row["error"] for row in rows] == [None] * 4
+    assert made == ["layer"]
+    assert all(row["seconds"] > 0.5 for row in rows)
+    assert not list((tmp_path / "table").glob("state"))

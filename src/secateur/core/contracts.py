@@ -143,6 +143,7 @@ class Plan:
         keep: `{axis name: bool (count,)}`, the units that stay.
         scores: what the decision was made by, `{block or linear name: number}`, for the report.
         notes: what did not go as planned, for the user.
+        seconds: what making it took; the engine fills it in.
     """
 
     patterns: dict[str, Pattern] = field(default_factory=dict)
@@ -151,6 +152,7 @@ class Plan:
     keep: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from secateur.engine.sweep import Sweep
 from secateur.models.linears import find_all_linears, match
 
 TOKENS = 2048  # tokens of one batch of a backward pass through the whole model; one sequence at least
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Planning:
             model: a causal language model.
             ids: int64 `(samples, length)`, calibration tokens.
             keep: bool `(samples, length)`, False on padding.
-            folder: state folder of the run, if it has one.
+            folder: where the plan is kept: the state folder of the run, or one that several runs share.
             progress: shown every step.
 
         Raises:
@@ -90,6 +91,7 @@ class Planning:
             check_plan(stored, budget)
             return stored
         show = progress or Silent()
+        started = time.perf_counter()
         training = [module for module in model.modules() if module.training]
         home = next(model.parameters()).device
         moved = self.planner.backward and home != sweep.device
@@ -114,6 +116,7 @@ class Planning:
             for module in training:
                 module.training = True
         check_plan(plan, budget)
+        plan = replace(plan, seconds=time.perf_counter() - started)
         if folder is not None:
             save_plan(plan, folder)
         return plan
@@ -278,6 +281,7 @@ def save_plan(plan: Plan, folder: Path) -> None:
         "masks": plan.masks is not None,
         "scores": plan.scores,
         "notes": list(plan.notes),
+        "seconds": plan.seconds,
     }
     try:
         hit("plan.write")
@@ -323,7 +327,14 @@ def load_plan(folder: Path) -> Plan | None:
             masks = Masks.from_packed(packed, widths) if content["masks"] else None
         elif content["masks"]:
             raise _damaged(tensors)
-        return Plan(patterns, masks, weights, scores=content["scores"], notes=tuple(content["notes"]))
+        return Plan(
+            patterns,
+            masks,
+            weights,
+            scores=content["scores"],
+            notes=tuple(content["notes"]),
+            seconds=float(content["seconds"]),
+        )
     except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise _damaged(words) from error
 

@@ -41,7 +41,7 @@ from secateur.models.files import save_model
 from secateur.models.linears import sparsity
 from secateur.models.publish import publish
 from secateur.recipe import stages
-from secateur.recipe.build import build_method
+from secateur.recipe.build import build_method, describe
 from secateur.recipe.compare_folder import CompareFolder, refuse_foreign
 from secateur.recipe.compare_page import render
 from secateur.recipe.compare_table import to_csv, to_markdown
@@ -291,7 +291,7 @@ class _Run:
         )
         arguments: dict[str, Any] = {name: self.given[name] for name in names.split()}
         if row.plan is not None:
-            arguments["plan"] = row.plan
+            arguments |= {"plan": row.plan, "plans": folder.plans}
         if self.given["keep_models"]:
             arguments |= {"output": folder.model(row), "overwrite": True}
             record["model"] = str(folder.model(row))
@@ -309,8 +309,10 @@ class _Run:
             **({} if self.live is not None else self.loading()),
         )
         losses = [layer["loss_after"] for layer in result.report["layers"] if layer["loss_after"] is not None]
+        planned = result.report.get("planned") or {}
         record |= {
-            "seconds": result.report["seconds"],
+            # what a plan took counts in every row that it serves
+            "seconds": result.report["seconds"] + (planned["seconds"] if planned.get("again") else 0.0),
             "peak_memory_bytes": result.report["peak_memory_bytes"],
             "layer_loss": sum(losses) / len(losses) if losses else None,
             "warnings": list(result.report["warnings"]),
@@ -388,6 +390,7 @@ class _Solved:
         self.journals = journals
         self.cases: dict[str, Case] = {}
         self.failed: dict[str, Exception] = {}
+        self.planning: dict[str, float] = {}  # seconds of the plan
         self.peak: int | None = None
 
     def key(self, row: Row) -> str:
@@ -459,7 +462,12 @@ class _Solved:
             general = parse_pattern(str(row.pattern))
             planning = planning_of(row.plan, model, patterns, general, list(given["overrides"] or ()))
             planned = Sweep(**{**vars(sweep), "patterns": patterns, "pruner": row.method})
-            plan = planning.run(planned, model, ids, keep, folder=journal.folder, progress=self.run.show)
+            budget = planning.budget(planned, model)
+            alike = {"plan": describe(row.plan), "pattern": str(row.pattern), "scope": budget.scope}
+            kept = self.folder.plans / self.folder.key(alike)[:24]
+            kept.mkdir(parents=True, exist_ok=True)
+            plan = planning.run(planned, model, ids, keep, folder=kept, progress=self.run.show)
+            self.planning[self.key(row)] = plan.seconds
             if plan.masks is not None or plan.weights:
                 raise RecipeError(
                     "a plan that chooses masks or weights cannot share its statistics with other rows",
@@ -487,7 +495,7 @@ class _Solved:
         blocks = find_blocks(model)
         losses: list[float] = []
         notes: list[str] = []
-        seconds = 0.0
+        seconds = self.planning.get(key, 0.0)
         for index in range(journal.finished):
             block = journal.read(index)
             write_back_(blocks.modules[index], block.weights, assign=True)

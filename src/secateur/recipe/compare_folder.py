@@ -78,6 +78,11 @@ class CompareFolder:
         """Return where work on a row keeps its finished blocks."""
         return self.path / "state" / self.key(settings)[:24]
 
+    @property
+    def plans(self) -> Path:
+        """Where plans are kept until the last row is finished."""
+        return self.path / "state" / "plans"
+
     def model(self, row: Row) -> Path:
         """Return where the model of a row is kept."""
         words = re.sub(r"[^\w.=-]+", "-", row.label.replace(":", "of").replace("%", "pc")).strip("-.")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, RecipeError, StateError
+from secateur.core.errors import InputError, RecipeError, ResourceError, StateError
 from secateur.core.mask import Masks
 from secateur.core.progress import Progress, Silent
 from secateur.core.versions import versions
@@ -31,6 +31,7 @@ from secateur.models.blocks import find_blocks
 from secateur.models.files import Loaded, Source, fingerprint, save_model
 from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import is_complete, publish
+from secateur.recipe.build import describe
 from secateur.recipe.opening import device_of, load
 
 
@@ -64,6 +65,7 @@ class Job:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.side: dict[str, Any] | None = None
         self.planned: dict[str, Any] | None = None
+        self.planning: dict[str, Any] = {}  # what the plan took, and whether an earlier run made it
         if isinstance(model, nn.Module):
             self.source: Source | None = None
             self.spec = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -231,7 +233,7 @@ class Job:
             "sparsity": done.sparsity,
             "seconds": time.perf_counter() - self.started,
             "peak_memory_bytes": peak_memory(self.device),
-            **({"planned": self.planned} if self.planned is not None else {}),
+            **({"planned": {**self.planned, **self.planning}} if self.planned is not None else {}),
             "layers": layers,
             "blocks": [_block_line(block) for block in done.blocks],
             "warnings": self.warnings,
@@ -244,12 +246,39 @@ class Job:
         """Return the sweep as it was planned, and the teacher of its tuner where the plan changes the model's weights."""
         if planning is None:
             return sweep, teacher
-        plan = planning.run(sweep, self.model, data.ids, data.keep, folder=folder, progress=self.progress)
+        kept = folder if self.options.get("plans") is None else self._shared_plan(planning, sweep, data)
+        again = kept is not None and (kept / Planning.FILES[0]).exists()
+        plan = planning.run(sweep, self.model, data.ids, data.keep, folder=kept, progress=self.progress)
         self.planned = summary(plan, planning.budget(sweep, self.model))
+        self.planning = {"seconds": plan.seconds, "again": again}
         self.warnings += plan.notes
         if plan.weights and teacher is None and (sweep.tuner is not None or sweep.error_correction):
             teacher = copy.deepcopy(self.model)  # targets are those of the model as it was given
         return apply_plan(plan, sweep, self.model), teacher
+
+    def _shared_plan(self, planning: Planning, sweep: Sweep, data: Calibration) -> Path:
+        """Return the folder of this plan among those that runs share, named by all that decides it."""
+        budget = planning.budget(sweep, self.model)
+        decides = {
+            "model": self.identity(),
+            "calibration": {"digest": data.digest, "samples": data.samples, "length": data.length},
+            "planner": describe(planning.planner),
+            "pattern": str(budget.pattern),
+            "scope": budget.scope,
+            "linears": [asdict(linear) for linear in budget.linears],
+            "freeze_zeros": sweep.freeze_zeros,
+            "seed": sweep.seed,
+            "device": self.device.type,
+            "batch_tokens": sweep.batch_tokens,
+            "versions": versions(),
+        }
+        name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+        folder = Path(self.options["plans"]) / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"the folder `{folder}` cannot be made: {error.strerror}") from error
+        return folder
 
     def _run_with_journal(
         self,

@@ -70,6 +70,7 @@ def prune(
     field: str = "text",
     output: str | Path | None = None,
     state: str | Path | None = None,
+    plans: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     inplace: bool = False,
@@ -118,6 +119,7 @@ def prune(
         field: field of a `.jsonl` or `.parquet` calibration file.
         output: folder to publish the model in; None returns it only.
         state: folder where a run without `output` keeps its finished blocks until its end, so that `resume` goes on.
+        plans: folder where plans are kept, so that runs which plan alike with the same model and text plan once.
         resume: go on with an earlier unfinished run of the same settings; simply starts if there is none.
         overwrite: replace an earlier output and forget an unfinished run.
         inplace: change a live `model` itself instead of a copy.
