@@ -88,7 +88,7 @@ def bench_switch(case: str, ours: PeftModel, theirs: PeftModel, repeats: int) ->
 
         def load_and_merge(number: int) -> None:
             for layer in s2ft_linears(other):  # the weights come from the file, so nothing is to be put back
-                layer._overwritten, layer.merged_adapters = None, []
+                layer.merging.overwritten, layer.merged_adapters = None, []
             reload("__base__")
             for layer in s2ft_linears(other):
                 layer.merge(adapter_names=[PAIR[number]])

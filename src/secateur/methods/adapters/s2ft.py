@@ -13,7 +13,7 @@ function, no restriction under grouped queries, and adapters of different select
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -150,6 +150,7 @@ class S2ftModel(AdapterModel):
 
     prefix = "secateur_s2ft_"
     tuner_layer_cls = S2ftLinear
+    prepared: Sequence[S2ftLinear] = ()  # the linears whose switches are prepared, see `prepare_switches_`
 
     def _prepare_model(self, peft_config: S2ftConfig, model: nn.Module) -> None:
         if peft_config.target_parameters:
@@ -175,12 +176,14 @@ class S2ftModel(AdapterModel):
             index = layer.secateur_s2ft_index if isinstance(layer, S2ftLinear) else {}
             if adapter_name in index and index[adapter_name].is_meta:
                 index[adapter_name] = config.lines[layer.name][1].clone()
+        self.prepared = ()
         with without_adapters(model):
             keep_gates_only_(_gated_mlps(model))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         keep_activations_(model)
+        self.prepared = ()
         return model
 
     @staticmethod
