@@ -113,7 +113,7 @@ def _fits(mine: _Activated, other: Any) -> bool:
 
 def _knowing(activation: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     """Return the activation's output as one that knows its gate, where gradients flow through it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not torch.is_grad_enabled():
         return output
     if len(inputs) != 1 or type(inputs[0]) is not Tensor or type(output) is not Tensor:
         return output

@@ -36,7 +36,14 @@ class Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor, index: Tensor, columns: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        part: Tensor,
+        index: Tensor,
+        columns: bool,
+        zeros: Tensor | None = None,
     ) -> Tensor:
         """Return `(..., out_features)` in the dtype of x.
 
@@ -48,13 +55,13 @@ class Sliced(torch.autograd.Function):
             part: `(k, out_features)` of columns, `(k, in_features)` of rows.
             index: int64 `(k,)`; repeated entries add up.
             columns: whether the slice is of columns.
+            zeros: bool, like `part`: which of its entries count as zero and are not trained; None: none.
         """
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             width = weight.shape[1] if columns else weight.shape[0]
-            # in 16 bits the sum of weight and slice would round small steps away
-            copied = x.dtype.itemsize >= 4 and flat.shape[0] * len(index) > COPY_FROM * width
-            wide, own = weight.detach().to(x.dtype), part.detach().to(x.dtype)
+            copied = _copies(x, index, width)
+            wide, own = weight.detach().to(x.dtype), _masked(part, zeros).to(x.dtype)
             seen = flat.index_select(1, index) if columns else flat  # (tokens, k), a copy: a view would pin all of x
             offset = None if bias is None else bias.to(x.dtype)
             if copied:
@@ -66,20 +73,20 @@ class Sliced(torch.autograd.Function):
                 else:
                     output.index_add_(1, index, flat @ own.T)
         ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
-        ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index)
+        ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index, zeros)
         return output.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the slice; nothing else is trained."""
-        seen, weight, part, index = ctx.saved_tensors
+        seen, weight, part, index, zeros = ctx.saved_tensors
         of_x = of_part = None
         with torch.autocast(upstream.device.type, enabled=False):
             rows = upstream.reshape(-1, upstream.shape[-1])  # (tokens, out_features)
             heard = rows if ctx.columns else rows.index_select(1, index)
             if ctx.needs_input_grad[0]:
-                wide, own = weight.detach().to(rows.dtype), part.detach().to(rows.dtype)
+                wide, own = weight.detach().to(rows.dtype), _masked(part, zeros).to(rows.dtype)
                 if ctx.copied:
                     of_x = rows @ _with_slice(wide, own, index, ctx.columns)
                 elif ctx.columns:
@@ -89,7 +96,9 @@ class Sliced(torch.autograd.Function):
                 of_x = of_x.reshape(ctx.shape)
             if seen is not None:
                 of_part = (seen.T @ heard if ctx.columns else heard.T @ seen).to(part.dtype)
-        return of_x, None, None, of_part, None, None
+                if zeros is not None:
+                    of_part.masked_fill_(zeros, 0.0)
+        return of_x, None, None, of_part, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +197,15 @@ class S2ftLinear(AdapterLinear):
 
     def tensors(self, adapter: str) -> tuple[Tensor, ...]:
         """Return the slice, zero where the weight must stay zero."""
-        part = self.secateur_s2ft_slice[adapter]
+        part, zeros = self._unmasked(adapter)
+        return (part if zeros is None else part.masked_fill(zeros, 0.0),)
+
+    def _unmasked(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """Return the parameter of `adapter`, and which of its entries must count as zero, None if none."""
         if adapter in self._unseen:
             self._find_zeros(adapter)
-        if adapter in self.secateur_s2ft_zeros:
-            part = part.masked_fill(self.secateur_s2ft_zeros[adapter], 0.0)
-        return (part,)
+        held = adapter in self.secateur_s2ft_zeros
+        return self.secateur_s2ft_slice[adapter], self.secateur_s2ft_zeros[adapter] if held else None
 
     def delta(self, adapter: str, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Return zeros with the slice in its place."""
@@ -212,12 +224,20 @@ class S2ftLinear(AdapterLinear):
 
     def adapted(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """Return the output for `x` `(..., in_features)` with the sum of `adapters`."""
-        index, part = self._joined(adapters)
-        base = self.get_base_layer()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        base = self.get_base_layer()
+        if torch.is_grad_enabled() and len(adapters) == 1 and _is_plain(base):
+            part, zeros = self._unmasked(adapters[0])  # masked inside, so that no masked copy is kept for backward
+            index = self.secateur_s2ft_index[adapters[0]]
+            output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns, zeros)  # type: ignore[no-untyped-call]
+            return output
+        index, part = self._joined(adapters)
+        if not torch.is_grad_enabled() and self.columns and not _copies(x, index, self.in_features):
+            plain, seen = self._plain(x), x.reshape(-1, self.in_features).index_select(1, index)
+            return torch.addmm(plain.reshape(-1, self.out_features), seen, part.to(x.dtype)).view(plain.shape)
         if _is_plain(base):
-            output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns)  # type: ignore[no-untyped-call]
+            output = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns)  # type: ignore[no-untyped-call]
             return output
         output, part = self._plain(x), part.to(x.dtype)
         if self.columns:
@@ -474,6 +494,16 @@ class S2ftLinear(AdapterLinear):
             smallest = torch.full_like(former, smallest_kept(former.dtype)).copysign(former)
             merged = torch.where(former == 0, former, torch.where(vanished, smallest, merged))
         return merged
+
+
+def _masked(part: Tensor, zeros: Tensor | None) -> Tensor:
+    return part.detach() if zeros is None else part.detach().masked_fill(zeros, 0.0)
+
+
+def _copies(x: Tensor, index: Tensor, width: int) -> bool:
+    """Return whether a copy of the weight with the slice in it is cheaper for `x` than a product with the slice."""
+    # in 16 bits the sum of weight and slice would round small steps away
+    return x.dtype.itemsize >= 4 and x.numel() // x.shape[-1] * len(index) > COPY_FROM * width
 
 
 def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
