@@ -24,7 +24,8 @@ from secateur.methods.adapters.s2ft_exchange import (
     s2ft_linears,
     switch_,
 )
-from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
+from secateur.methods.adapters.s2ft_linear import S2ftLinear
+from secateur.methods.adapters.s2ft_product import Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
 

@@ -1,4 +1,4 @@
-"""A linear with a trained slice of its columns or rows: S2FT's forward, partial backward and exact merging.
+"""A linear with a trained slice of its columns or rows: S2FT's forward and exact merging.
 
 Yang et al., NeurIPS 2024, arXiv 2412.06289, section 3.3.
 """
@@ -7,137 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from secateur.core.errors import NumericError
 from secateur.core.shards import is_sharded
+from secateur.methods.adapters.s2ft_merging import Merging, Ready, stamp_of, widest_element
+from secateur.methods.adapters.s2ft_product import Sliced, is_copied, with_slice
 from secateur.train.adapter import AdapterLinear, smallest_kept
-
-# Adding the slice to a copy of the weight costs two passes over the weight, adding its product to the output costs a
-# thin product: for `tokens * k / width` above this the copy is cheaper (float32, CPU, measured between 20 and 100).
-COPY_FROM = 25
-
-
-class Sliced(torch.autograd.Function):
-    """The output of a frozen linear with a trained slice; keeps k columns of the input, and no view of it.
-
-    For columns `x W^T + x[:, I] S`, for rows `x W^T` with `x S^T` added at `[:, I]`; S is `(k, other side)`.
-    Source: section 3.3, partial back-propagation.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        part: Tensor,
-        index: Tensor,
-        columns: bool,
-        zeros: Tensor | None = None,
-    ) -> Tensor:
-        """Return `(..., out_features)` in the dtype of x.
-
-        Args:
-            ctx: autograd's.
-            x: `(..., in_features)`.
-            weight: `(out_features, in_features)`, frozen.
-            bias: `(out_features,)` or None, frozen.
-            part: `(k, out_features)` of columns, `(k, in_features)` of rows.
-            index: int64 `(k,)`; repeated entries add up.
-            columns: whether the slice is of columns.
-            zeros: bool, like `part`: which of its entries count as zero and are not trained; None: none.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1])
-            width = weight.shape[1] if columns else weight.shape[0]
-            copied = _copies(x, index, width)
-            wide, own = weight.detach().to(x.dtype), _masked(part, zeros).to(x.dtype)
-            seen = flat.index_select(1, index) if columns else flat  # (tokens, k), a copy: a view would pin all of x
-            offset = None if bias is None else bias.to(x.dtype)
-            if copied:
-                output = F.linear(flat, _with_slice(wide, own, index, columns), offset)
-            else:
-                output = F.linear(flat, wide, offset)
-                if columns:
-                    output.addmm_(seen, own)
-                else:
-                    output.index_add_(1, index, flat @ own.T)
-        ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
-        ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index, zeros)
-        return output.reshape(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the slice; nothing else is trained."""
-        seen, weight, part, index, zeros = ctx.saved_tensors
-        of_x = of_part = None
-        with torch.autocast(upstream.device.type, enabled=False):
-            rows = upstream.reshape(-1, upstream.shape[-1])  # (tokens, out_features)
-            heard = rows if ctx.columns else rows.index_select(1, index)
-            if ctx.needs_input_grad[0]:
-                wide, own = weight.detach().to(rows.dtype), _masked(part, zeros).to(rows.dtype)
-                if ctx.copied:
-                    of_x = rows @ _with_slice(wide, own, index, ctx.columns)
-                elif ctx.columns:
-                    of_x = (rows @ wide).index_add_(1, index, rows @ own.T)
-                else:
-                    of_x = torch.addmm(heard @ own, rows, wide)
-                of_x = of_x.reshape(ctx.shape)
-            if seen is not None:
-                of_part = (seen.T @ heard if ctx.columns else heard.T @ seen).to(part.dtype)
-                if zeros is not None:
-                    of_part.masked_fill_(zeros, 0.0)
-        return of_x, None, None, of_part, None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What merging one adapter alone writes.
-
-    Attributes:
-        index: int64 `(k,)`.
-        former: what is overwritten, `(out_features, k)` or `(k, in_features)`, in memory line by line.
-        merged: what is written, like `former`.
-        pieces: former and merged lines `(k, pieces)`, views with elements as wide as a copy can move.
-        seen: stamp of the slice that this was computed from.
-    """
-
-    index: Tensor
-    former: Tensor
-    merged: Tensor
-    pieces: tuple[Tensor, Tensor]
-    seen: tuple[object, ...]
-
-
-@dataclass(slots=True)
-class Merging:
-    """What is merged into one weight, and what is ready to be; a copy has nothing ready.
-
-    Attributes:
-        overwritten: index and former values of what is merged; None if nothing is.
-        ready: what merging an adapter writes, by adapter; see `S2ftLinear.prepare_`.
-        stamp: of the weight, when what is ready was known to be right; see `_stamp`.
-        element: dtype of the pieces in which what is ready is copied; see `_widest`.
-    """
-
-    overwritten: tuple[Tensor, Tensor] | None = None
-    ready: dict[str, Ready] = field(default_factory=dict)
-    stamp: tuple[object, ...] = ()
-    element: torch.dtype = torch.float32
-
-    def __reduce__(self) -> tuple[type[Merging], tuple[tuple[Tensor, Tensor] | None]]:
-        return Merging, (self.overwritten,)  # what is ready is of one weight, and not of its copy
 
 
 class S2ftLinear(AdapterLinear):
@@ -209,7 +91,7 @@ class S2ftLinear(AdapterLinear):
 
     def delta(self, adapter: str, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Return zeros with the slice in its place."""
-        return _with_slice(torch.zeros_like(weight), tensors[0], self.secateur_s2ft_index[adapter], self.columns)
+        return with_slice(torch.zeros_like(weight), tensors[0], self.secateur_s2ft_index[adapter], self.columns)
 
     def kept(self, adapters: Sequence[str], weight: Tensor) -> Tensor | None:
         """Return the support of `weight`, or None if an adapter may fill zeros."""
@@ -233,7 +115,7 @@ class S2ftLinear(AdapterLinear):
             output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns, zeros)  # type: ignore[no-untyped-call]
             return output
         index, part = self._joined(adapters)
-        if not torch.is_grad_enabled() and self.columns and not _copies(x, index, self.in_features):
+        if not torch.is_grad_enabled() and self.columns and not is_copied(x, index, self.in_features):
             plain, seen = self._plain(x), x.reshape(-1, self.in_features).index_select(1, index)
             return torch.addmm(plain.reshape(-1, self.out_features), seen, part.to(x.dtype)).view(plain.shape)
         if _is_plain(base):
@@ -377,13 +259,13 @@ class S2ftLinear(AdapterLinear):
             return False
         base: Any = self.base_layer  # `get_base_layer` takes as long as a copy of a dozen columns
         weight: Tensor = base.weight
-        if merging.stamp != _stamp(weight):
+        if merging.stamp != stamp_of(weight):
             merging.ready.clear()
             return False
         new, before = None, merging.overwritten
         if adapters and self.has(adapters[0]):
             new = merging.ready.get(adapters[0])
-            if new is None or new.seen != _stamp(self.secateur_s2ft_slice[adapters[0]]):
+            if new is None or new.seen != stamp_of(self.secateur_s2ft_slice[adapters[0]]):
                 return False
         lines = weight.detach()
         place = (lines if self.columns == self.transposed else lines.T).view(merging.element)
@@ -396,7 +278,7 @@ class S2ftLinear(AdapterLinear):
         if new is not None:
             place.index_copy_(0, new.index, new.pieces[1])
         merging.overwritten = None if new is None else (new.index, new.former)
-        merging.stamp = _stamp(weight)
+        merging.stamp = stamp_of(weight)
         self.merged_adapters[:] = [] if new is None else adapters
         return True
 
@@ -419,18 +301,18 @@ class S2ftLinear(AdapterLinear):
                 former = original.index_select(int(self.columns), index)
                 found[adapter] = (index, former, self._merged(former, part, [adapter]))
         base: Any = self.get_base_layer()
-        if self.merging.stamp != _stamp(base.weight):
+        if self.merging.stamp != stamp_of(base.weight):
             self.merging.ready.clear()
         if self.lines(self.weight_view()).stride(1) != 1:
             base.weight.data = self.lines(self.weight_view().detach()).contiguous().T
-        element = self.merging.element = _widest(self.lines(self.weight_view().detach()))
+        element = self.merging.element = widest_element(self.lines(self.weight_view().detach()))
         for adapter, (index, former, merged) in found.items():
             old, new = (self.lines(lines).clone(memory_format=torch.contiguous_format) for lines in (former, merged))
-            pieces, seen = (old.view(element), new.view(element)), _stamp(self.secateur_s2ft_slice[adapter])
+            pieces, seen = (old.view(element), new.view(element)), stamp_of(self.secateur_s2ft_slice[adapter])
             known = (other.index for other in self.merging.ready.values() if torch.equal(other.index, index))
             index = next(known, index)  # adapters of the same lines are told by the same index
             self.merging.ready[adapter] = Ready(index, self.lines(old), self.lines(new), pieces, seen)
-        self.merging.stamp = _stamp(base.weight)
+        self.merging.stamp = stamp_of(base.weight)
 
     def forget_(self) -> None:
         """Drop what `prepare_` computed, and store the weight by rows again."""
@@ -452,7 +334,7 @@ class S2ftLinear(AdapterLinear):
             self.lines(weight).index_copy_(0, index, self.lines(values))
         else:
             weight.index_copy_(int(self.columns), index, values)
-        self.merging.stamp = _stamp(self.get_base_layer().weight)
+        self.merging.stamp = stamp_of(self.get_base_layer().weight)
 
     def overwritten(self) -> tuple[Tensor, Tensor] | None:
         """Return the index of what the merged adapters changed, and its former values; None if nothing is merged.
@@ -494,37 +376,6 @@ class S2ftLinear(AdapterLinear):
             smallest = torch.full_like(former, smallest_kept(former.dtype)).copysign(former)
             merged = torch.where(former == 0, former, torch.where(vanished, smallest, merged))
         return merged
-
-
-def _masked(part: Tensor, zeros: Tensor | None) -> Tensor:
-    return part.detach() if zeros is None else part.detach().masked_fill(zeros, 0.0)
-
-
-def _copies(x: Tensor, index: Tensor, width: int) -> bool:
-    """Return whether a copy of the weight with the slice in it is cheaper for `x` than a product with the slice."""
-    # in 16 bits the sum of weight and slice would round small steps away
-    return x.dtype.itemsize >= 4 and x.numel() // x.shape[-1] * len(index) > COPY_FROM * width
-
-
-def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
-    """Return a copy of `matrix` `(out_features, in_features)` with `part` `(k, other side)` added at its lines."""
-    return matrix.index_add(1, index, part.T) if columns else matrix.index_add(0, index, part)
-
-
-def _stamp(tensor: Tensor) -> tuple[object, ...]:
-    """Return what tells whether `tensor` was replaced, moved or written to; writes through `.data` do not show."""
-    return None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
-
-
-def _widest(lines: Tensor) -> torch.dtype:
-    """Return a dtype of 16 bytes as which `lines` `(k, width)` can be viewed, or that of `lines`.
-
-    A copy by index moves one element at a time, whatever its size: 3 times as fast in float32, 5 times in bfloat16.
-    """
-    sizes = lines.shape[1], lines.stride(0), lines.storage_offset()
-    whole = lines.stride(1) == 1 and not any(size * lines.itemsize % 16 for size in sizes)
-    able = whole and lines.data_ptr() % 16 == 0 and lines.device.type in ("cpu", "cuda")
-    return torch.complex128 if able else lines.dtype
 
 
 def _is_plain(module: nn.Module) -> bool:
