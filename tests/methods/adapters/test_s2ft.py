@@ -24,9 +24,11 @@ from secateur.methods.adapters.s2ft_exchange import (
     s2ft_linears,
     switch_,
 )
-from secateur.methods.adapters.s2ft_linear import S2ftLinear, Sliced
+from secateur.methods.adapters.s2ft_linear import S2ftLinear
+from secateur.methods.adapters.s2ft_product import Sliced
 from secateur.methods.adapters.s2ft_selection import Wish, choose, drawn, ranked, unit_scores
 from secateur.models.layout import KINDS, find_layout, oriented
+from secateur.train.gated_product import keep_activations_
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "opt", "gpt2")
 IDS = random_ids(3, 12, 60)
@@ -156,6 +158,76 @@ def test_only_k_columns_are_saved_and_no_view_of_the_input():
     assert sum(kept.values()) == 50 * 3 * 4 + 3 * 8  # k columns of the activations, and the index
 
 
+def kept_for_backward(model, ids=IDS):
+    """Return the bytes that one forward keeps for backward, without those of parameters and buffers."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(input_ids=ids, labels=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_step_keeps_less_than_three_quarters_of_what_lora_keeps():
+    from peft import LoraConfig
+
+    ids = random_ids(4, 64, 60)
+    base = random_llama(layers=3, hidden=64)
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    ours = get_peft_model(copy.deepcopy(base), S2ftConfig(o=0, down=7))
+    budgets = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (lora, ours)]
+    assert 0.9 < budgets[1] / budgets[0] < 1.1
+    assert kept_for_backward(ours, ids) < 0.75 * kept_for_backward(lora, ids)
+
+
+def test_activations_of_gated_mlps_are_not_kept_and_unload_takes_that_back():
+    ids, base = random_ids(2, 16, 60), random_llama(layers=2)
+    channels = base.model.layers[0].mlp.up_proj.out_features
+    model = get_peft_model(copy.deepcopy(base), S2ftConfig(o=1, down=2))
+    plain = copy.deepcopy(model)
+    keep_activations_(plain)
+    assert kept_for_backward(plain, ids) - kept_for_backward(model, ids) == 2 * ids.numel() * channels * 4
+    for one in (plain, model):
+        one(input_ids=ids, labels=ids).loss.backward()
+    gradients = [[p.grad for p in one.parameters() if p.requires_grad] for one in (plain, model)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+    assert not any(module._forward_hooks for module in model.unload().modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_as_if_activations_were_kept(family):
+    model = tuned(copy.deepcopy(prepared(family)), o=1, down=0.1).train()
+    plain = copy.deepcopy(model)
+    keep_activations_(plain)
+    for one in (plain, model):
+        torch.manual_seed(0)
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = [[p.grad for p in one.parameters() if p.requires_grad] for one in (plain, model)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_no_masked_copy_of_a_slice_is_kept_for_backward():
+    base = random_llama()
+    dense = kept_for_backward(get_peft_model(copy.deepcopy(base), S2ftConfig(o=1, down=4)))
+    with torch.no_grad():
+        for block in base.model.layers:
+            block.mlp.down_proj.weight.view(-1, 2)[:, 0] = 0.0
+    sparse = get_peft_model(base, S2ftConfig(o=1, down=4, init_weights=False))
+    assert any(len(layer.secateur_s2ft_zeros) for layer in s2ft_linears(sparse))
+    assert kept_for_backward(sparse) == dense
+    sparse(input_ids=IDS, labels=IDS).loss.backward()
+    for layer in s2ft_linears(sparse):
+        if "default" in layer.secateur_s2ft_zeros:
+            gradient, zeros = layer.secateur_s2ft_slice["default"].grad, layer.secateur_s2ft_zeros["default"]
+            assert (gradient[zeros] == 0).all()
+            assert (gradient[~zeros] != 0).any()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     def gradients(checkpoint):
@@ -270,6 +342,113 @@ def test_prepared_switches_write_the_same_bits(family, settings):
     switch_(ready, "__base__")
     switch_(plain, "__base__")
     assert bits(plain) == bits(ready)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("hidden", [32, 20], ids=["whole pieces", "odd pieces"])
+def test_prepared_switches_are_bitwise_reversible(dtype, hidden):
+    base = random_llama(hidden=hidden, head_dim=8 if hidden == 32 else 6).to(dtype)
+    with torch.no_grad():
+        for block in base.model.layers:
+            block.mlp.down_proj.weight[0] = -0.0
+            block.mlp.down_proj.weight[1] = torch.finfo(dtype).smallest_normal / 4
+    model = tuned(base, ("one", "two", "six"), o=1, down=0.3)
+    expected = {}
+    for name in ("one", "two", "six", "__base__"):
+        switch_(model, name)
+        expected[name] = bits(model)
+    prepare_switches_(model)
+    wide = {layer.merging.element for layer in s2ft_linears(model)}
+    assert wide == {torch.complex128 if hidden * dtype.itemsize % 16 == 0 else dtype}
+    for name in ("one", "two", "two", "six", "one", "__base__", "six", "__base__", "two", "__base__"):
+        switch_(model, name)
+        assert bits(model) == expected[name]
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+@pytest.mark.parametrize("settings", [{"o": 2, "down": 9}, COUPLED], ids=["columns", "coupled"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "opt"])
+def test_a_switch_by_reference_touches_no_weight(family, settings, prepare):
+    model = tuned(copy.deepcopy(prepared(family)), ("one", "two"), **settings)
+    base = bits(model)
+    if prepare:
+        prepare_switches_(model)
+    storages = [layer.weight_view().data_ptr() for layer in s2ft_linears(model)]
+    versions = [layer.weight_view()._version for layer in s2ft_linears(model)]
+    for name in ("one", "two", "one", "__base__"):
+        switch_(model, name, merge=False)
+        assert s2ft_linears(model)[0].active_adapters == ([] if name == "__base__" else [name])
+        served = logits(model)
+        other = copy.deepcopy(model)
+        switch_(other, name)
+        torch.testing.assert_close(served, logits(other), rtol=1e-5, atol=1e-5)
+    assert storages == [layer.weight_view().data_ptr() for layer in s2ft_linears(model)]
+    assert versions == [layer.weight_view()._version for layer in s2ft_linears(model)]
+    assert bits(model) == base
+
+
+def test_merged_switches_and_switches_by_reference_follow_each_other():
+    model = tuned(random_llama().bfloat16(), ("one", "two"), o=2, down=9)
+    base = bits(model)
+    prepare_switches_(model)
+    switch_(model, "one")
+    merged = bits(model)
+    switch_(model, "two", merge=False)  # takes what is merged out
+    assert bits(model) == base
+    assert not any(layer.merged for layer in s2ft_linears(model))
+    switch_(model, "one")
+    assert bits(model) == merged
+    with pytest.raises(RecipeError, match="no adapter is called `ones`"):
+        switch_(model, "ones", merge=False)
+
+
+def test_adapters_of_the_same_lines_are_switched_without_putting_lines_back():
+    model = tuned(random_llama().half(), o=2, down=9)
+    base = bits(model)
+    for seed, name in ((1, "second"), (2, "third")):
+        model.add_adapter(name, S2ftConfig(init_weights=False, seed=seed, units=model.peft_config["default"].units))
+    plain = copy.deepcopy(model)
+    prepare_switches_(model)
+    ready = s2ft_linears(model)[0].merging.ready
+    assert ready["second"].index is ready["third"].index
+    for name in ("second", "third", "default", "second", "__base__"):
+        before = [layer.weight_view()._version for layer in s2ft_linears(model)]
+        switch_(model, name)
+        switch_(plain, name)
+        assert [layer.weight_view()._version - 1 for layer in s2ft_linears(model)] == before  # one write
+        assert bits(model) == bits(plain)
+    assert bits(model) == base
+
+
+def test_a_copy_of_a_prepared_model_has_weights_of_its_own(tmp_path):
+    model = tuned(adapters=("one", "two"), o=2, down=9)
+    prepare_switches_(model)
+    switch_(model, "one")
+    merged = bits(model)
+    torch.save(model, tmp_path / "whole.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert bits(twin) == merged
+        assert not any(layer.merging.ready for layer in s2ft_linears(twin))
+        switch_(twin, "two")
+        assert bits(model) == merged
+        prepare_switches_(twin)
+        switch_(twin, "__base__")
+        assert bits(model) == merged
+    switch_(model, "__base__")
+    assert bits(model) == bits(twin) == bits(tuned(adapters=("one", "two"), o=2, down=9))
+
+
+def test_what_is_ready_is_not_used_on_weights_that_moved():
+    model = tuned(adapters=("one", "two"), o=2, down=9)
+    prepare_switches_(model)
+    switch_(model, "one")
+    switch_(model, "__base__")
+    model.to(torch.float64)
+    plain = copy.deepcopy(model)
+    for name in ("one", "two", "__base__"):
+        switch_(model, name)
+        switch_(plain, name)
+        assert bits(model) == bits(plain)
 
 
 def test_what_changed_since_it_was_prepared_is_computed_anew():

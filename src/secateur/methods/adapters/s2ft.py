@@ -13,7 +13,7 @@ function, no restriction under grouped queries, and adapters of different select
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ from secateur.train.adapter import (
     register,
     without_adapters,
 )
+from secateur.train.gated_product import keep_activations_, keep_gates_only_
 
 
 @dataclass
@@ -149,6 +150,7 @@ class S2ftModel(AdapterModel):
 
     prefix = "secateur_s2ft_"
     tuner_layer_cls = S2ftLinear
+    prepared: Sequence[S2ftLinear] = ()  # the linears whose switches are prepared, see `prepare_switches_`
 
     def _prepare_model(self, peft_config: S2ftConfig, model: nn.Module) -> None:
         if peft_config.target_parameters:
@@ -166,11 +168,23 @@ class S2ftModel(AdapterModel):
         peft_config.target_modules = {name.rpartition(".")[2] for name in peft_config.lines}  # type: ignore[assignment]
 
     def injected(self, model: nn.Module, config: S2ftConfig, adapter_name: str) -> None:
-        """Put the indices of the slices back in memory, which PEFT has thrown away where the weights are not in it."""
+        """Put the indices of the slices back in memory, which PEFT has thrown away where the weights are not in it.
+
+        What backward needs of the MLPs is then the greater part of all it needs, so their activations are not kept.
+        """
         for layer in adapted_linears(model):
             index = layer.secateur_s2ft_index if isinstance(layer, S2ftLinear) else {}
             if adapter_name in index and index[adapter_name].is_meta:
                 index[adapter_name] = config.lines[layer.name][1].clone()
+        self.prepared = ()
+        with without_adapters(model):
+            keep_gates_only_(_gated_mlps(model))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        keep_activations_(model)
+        self.prepared = ()
+        return model
 
     @staticmethod
     def _check_target_module_exists(peft_config: S2ftConfig, key: str) -> Any:
@@ -178,6 +192,13 @@ class S2ftModel(AdapterModel):
             return True
         found = check_target_module_exists(peft_config, key)
         return False if found else found  # PEFT tells modules that were excluded on purpose from others
+
+
+def _gated_mlps(model: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules that hold the projections of gated MLPs; the linears of `model` have no adapters."""
+    for block in find_layout(model).blocks:
+        if "gate" in block.places:
+            yield model.get_submodule(block.places["down"].module.rpartition(".")[0])
 
 
 def _chosen_units(model: nn.Module, layout: Layout, config: S2ftConfig, batches: Iterable[Any] = ()) -> Units:

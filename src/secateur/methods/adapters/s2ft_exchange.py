@@ -25,15 +25,18 @@ from secateur.models.publish import publish
 from secateur.train.adapter import BASE, check_finite
 
 
-def switch_(model: nn.Module, adapter: str) -> None:
-    """Write `adapter` into the weights in place of whatever is merged there; only k lines of each linear change.
+def switch_(model: nn.Module, adapter: str, *, merge: bool = True) -> None:
+    """Let `adapter` take the place of the one that answers now, exactly reversibly.
 
-    A switch is exact: the overwritten lines are kept and copied back, so any sequence of switches that ends at an
-    adapter gives the same bits. The adapter becomes the active one.
+    Merged, only k lines of each linear are written; the overwritten lines are kept and copied back, so any sequence of
+    switches that ends at an adapter gives the same bits. The forward then costs what the base costs. Not merged, the
+    weights are the base's and are not touched at all: a reference is set in each linear, and the forward adds the
+    slice's thin product.
 
     Args:
         model: a model with S2FT adapters.
         adapter: its name, or "__base__" for the plain weights with no adapter active.
+        merge: write the adapter into the weights; False takes out what is merged there, once, and leaves them alone.
 
     Raises:
         RecipeError: if there is no such adapter.
@@ -43,13 +46,16 @@ def switch_(model: nn.Module, adapter: str) -> None:
     if adapter != BASE:
         _known(tuner, adapter)
     names = [] if adapter == BASE else [adapter]
-    layers = s2ft_linears(tuner)
-    before = {layer: list(layer.merged_adapters) for layer in layers}
+    layers = tuner.prepared or s2ft_linears(tuner)
+    wanted = names if merge else []
+    done: list[tuple[S2ftLinear, list[str]]] = []
     try:
         for layer in layers:
-            layer.remerge_(names)
+            if merge or layer.merged_adapters:
+                done.append((layer, list(layer.merged_adapters)))
+                layer.remerge_(wanted)
     except NumericError:
-        for layer, former in before.items():
+        for layer, former in done:
             layer.remerge_(former)
         raise
     for layer in layers:
@@ -65,7 +71,8 @@ def prepare_switches_(model: nn.Module, adapters: Sequence[str] | None = None) -
     For programs that switch often. Costs the memory of the slices twice more. Shapes, values and results of saving stay
     as they are, but weights whose columns are selected are no longer contiguous by rows, and outputs may differ in
     the last bits from before, as sums are formed in another order. An adapter that is trained further, or replaced, is
-    merged as before until this is called again; changes through `.data` are not seen.
+    merged as before until this is called again; changes through `.data`, and modules that were replaced since, are not
+    seen. A copy of the model is to be prepared anew.
 
     Args:
         model: a model with S2FT adapters, changed in place.
@@ -78,8 +85,10 @@ def prepare_switches_(model: nn.Module, adapters: Sequence[str] | None = None) -
     tuner = tuner_of(model)
     for adapter in adapters or ():
         _known(tuner, adapter)
-    for layer in s2ft_linears(tuner):
+    layers = s2ft_linears(tuner)
+    for layer in layers:
         layer.prepare_(list(tuner.peft_config) if adapters is None else adapters)
+    tuner.prepared = layers
 
 
 def forget_switches_(model: nn.Module) -> None:
@@ -88,7 +97,9 @@ def forget_switches_(model: nn.Module) -> None:
     Args:
         model: a model with S2FT adapters, changed in place.
     """
-    for layer in s2ft_linears(tuner_of(model)):
+    tuner = tuner_of(model)
+    tuner.prepared = ()
+    for layer in s2ft_linears(tuner):
         layer.forget_()
 
 

@@ -1,4 +1,4 @@
-"""A linear with a trained slice of its columns or rows: S2FT's forward, partial backward and exact merging.
+"""A linear with a trained slice of its columns or rows: S2FT's forward and exact merging.
 
 Yang et al., NeurIPS 2024, arXiv 2412.06289, section 3.3.
 """
@@ -7,106 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from secateur.core.errors import NumericError
 from secateur.core.shards import is_sharded
+from secateur.methods.adapters.s2ft_merging import Merging, Ready, stamp_of, widest_element
+from secateur.methods.adapters.s2ft_product import Sliced, is_copied, with_slice
 from secateur.train.adapter import AdapterLinear, smallest_kept
-
-# Adding the slice to a copy of the weight costs two passes over the weight, adding its product to the output costs a
-# thin product: for `tokens * k / width` above this the copy is cheaper (float32, CPU, measured between 20 and 100).
-COPY_FROM = 25
-
-
-class Sliced(torch.autograd.Function):
-    """The output of a frozen linear with a trained slice; keeps k columns of the input, and no view of it.
-
-    For columns `x W^T + x[:, I] S`, for rows `x W^T` with `x S^T` added at `[:, I]`; S is `(k, other side)`.
-    Source: section 3.3, partial back-propagation.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor, index: Tensor, columns: bool
-    ) -> Tensor:
-        """Return `(..., out_features)` in the dtype of x.
-
-        Args:
-            ctx: autograd's.
-            x: `(..., in_features)`.
-            weight: `(out_features, in_features)`, frozen.
-            bias: `(out_features,)` or None, frozen.
-            part: `(k, out_features)` of columns, `(k, in_features)` of rows.
-            index: int64 `(k,)`; repeated entries add up.
-            columns: whether the slice is of columns.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1])
-            width = weight.shape[1] if columns else weight.shape[0]
-            # in 16 bits the sum of weight and slice would round small steps away
-            copied = x.dtype.itemsize >= 4 and flat.shape[0] * len(index) > COPY_FROM * width
-            wide, own = weight.detach().to(x.dtype), part.detach().to(x.dtype)
-            seen = flat.index_select(1, index) if columns else flat  # (tokens, k), a copy: a view would pin all of x
-            offset = None if bias is None else bias.to(x.dtype)
-            if copied:
-                output = F.linear(flat, _with_slice(wide, own, index, columns), offset)
-            else:
-                output = F.linear(flat, wide, offset)
-                if columns:
-                    output.addmm_(seen, own)
-                else:
-                    output.index_add_(1, index, flat @ own.T)
-        ctx.columns, ctx.copied, ctx.shape = columns, copied, x.shape
-        ctx.save_for_backward(seen if ctx.needs_input_grad[3] else None, weight, part, index)
-        return output.reshape(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the slice; nothing else is trained."""
-        seen, weight, part, index = ctx.saved_tensors
-        of_x = of_part = None
-        with torch.autocast(upstream.device.type, enabled=False):
-            rows = upstream.reshape(-1, upstream.shape[-1])  # (tokens, out_features)
-            heard = rows if ctx.columns else rows.index_select(1, index)
-            if ctx.needs_input_grad[0]:
-                wide, own = weight.detach().to(rows.dtype), part.detach().to(rows.dtype)
-                if ctx.copied:
-                    of_x = rows @ _with_slice(wide, own, index, ctx.columns)
-                elif ctx.columns:
-                    of_x = (rows @ wide).index_add_(1, index, rows @ own.T)
-                else:
-                    of_x = torch.addmm(heard @ own, rows, wide)
-                of_x = of_x.reshape(ctx.shape)
-            if seen is not None:
-                of_part = (seen.T @ heard if ctx.columns else heard.T @ seen).to(part.dtype)
-        return of_x, None, None, of_part, None, None
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What merging one adapter alone writes.
-
-    Attributes:
-        index: int64 `(k,)`.
-        former: what is overwritten, `(out_features, k)` or `(k, in_features)`, in memory line by line.
-        merged: what is written, like `former`.
-        seen: of what adapter and weight this was computed.
-    """
-
-    index: Tensor
-    former: Tensor
-    merged: Tensor
-    seen: tuple[object, ...]
 
 
 class S2ftLinear(AdapterLinear):
@@ -127,13 +40,11 @@ class S2ftLinear(AdapterLinear):
         self.secateur_s2ft_index = BufferDict()  # adapter -> int64 (k,), ascending
         self.secateur_s2ft_zeros = BufferDict()  # adapter -> bool (k, other side), what must stay zero; often nothing
         self._unseen: set[str] = set()  # adapters that were made while the weight was not in memory
-        self._overwritten: tuple[Tensor, Tensor] | None = None  # index and former values of what is merged
-        self._ready: dict[str, Ready] = {}  # see `prepare_`
-        self._stamp: int | None = None  # of the weight, when what is ready was known to be right
+        self.merging = Merging()
 
     def create_(self, adapter: str, config: Any, generator: torch.Generator) -> None:
         """Create a slice of zeros at the lines that the tuner has found for this linear."""
-        self._ready.pop(adapter, None)
+        self.merging.ready.pop(adapter, None)
         self.columns, index = config.lines[self.name]
         other = self.out_features if self.columns else self.in_features
         part = torch.zeros(len(index), other)
@@ -168,16 +79,19 @@ class S2ftLinear(AdapterLinear):
 
     def tensors(self, adapter: str) -> tuple[Tensor, ...]:
         """Return the slice, zero where the weight must stay zero."""
-        part = self.secateur_s2ft_slice[adapter]
+        part, zeros = self._unmasked(adapter)
+        return (part if zeros is None else part.masked_fill(zeros, 0.0),)
+
+    def _unmasked(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """Return the parameter of `adapter`, and which of its entries must count as zero, None if none."""
         if adapter in self._unseen:
             self._find_zeros(adapter)
-        if adapter in self.secateur_s2ft_zeros:
-            part = part.masked_fill(self.secateur_s2ft_zeros[adapter], 0.0)
-        return (part,)
+        held = adapter in self.secateur_s2ft_zeros
+        return self.secateur_s2ft_slice[adapter], self.secateur_s2ft_zeros[adapter] if held else None
 
     def delta(self, adapter: str, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Return zeros with the slice in its place."""
-        return _with_slice(torch.zeros_like(weight), tensors[0], self.secateur_s2ft_index[adapter], self.columns)
+        return with_slice(torch.zeros_like(weight), tensors[0], self.secateur_s2ft_index[adapter], self.columns)
 
     def kept(self, adapters: Sequence[str], weight: Tensor) -> Tensor | None:
         """Return the support of `weight`, or None if an adapter may fill zeros."""
@@ -192,12 +106,20 @@ class S2ftLinear(AdapterLinear):
 
     def adapted(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """Return the output for `x` `(..., in_features)` with the sum of `adapters`."""
-        index, part = self._joined(adapters)
-        base = self.get_base_layer()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        base = self.get_base_layer()
+        if torch.is_grad_enabled() and len(adapters) == 1 and _is_plain(base):
+            part, zeros = self._unmasked(adapters[0])  # masked inside, so that no masked copy is kept for backward
+            index = self.secateur_s2ft_index[adapters[0]]
+            output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns, zeros)  # type: ignore[no-untyped-call]
+            return output
+        index, part = self._joined(adapters)
+        if not torch.is_grad_enabled() and self.columns and not is_copied(x, index, self.in_features):
+            plain, seen = self._plain(x), x.reshape(-1, self.in_features).index_select(1, index)
+            return torch.addmm(plain.reshape(-1, self.out_features), seen, part.to(x.dtype)).view(plain.shape)
         if _is_plain(base):
-            output: Tensor = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns)  # type: ignore[no-untyped-call]
+            output = Sliced.apply(x, self.weight_view(), base.bias, part, index, self.columns)  # type: ignore[no-untyped-call]
             return output
         output, part = self._plain(x), part.to(x.dtype)
         if self.columns:
@@ -262,10 +184,10 @@ class S2ftLinear(AdapterLinear):
     def original_weight(self) -> Tensor:
         """Return the weight `(out_features, in_features)` without any merged adapter, detached."""
         weight = self.weight_view().detach()
-        if self._overwritten is None:
+        if self.merging.overwritten is None:
             return weight
         weight = weight.clone()
-        weight.index_copy_(int(self.columns), *self._overwritten)
+        weight.index_copy_(int(self.columns), *self.merging.overwritten)
         return weight
 
     @torch.no_grad()
@@ -300,7 +222,6 @@ class S2ftLinear(AdapterLinear):
             return
         self.remerge_([])
 
-    @torch.no_grad()
     def remerge_(self, adapters: Sequence[str]) -> None:
         """Leave exactly `adapters` merged, whatever was merged before; only selected rows or columns are written.
 
@@ -311,26 +232,55 @@ class S2ftLinear(AdapterLinear):
             NumericError: if a merged value is not finite; the weight then has no adapter merged.
             StateError: if the weight is sharded (FSDP).
         """
+        if not self._swapped(adapters):
+            self._remerge_([name for name in adapters if self.has(name)])
+
+    @torch.no_grad()
+    def _remerge_(self, names: list[str]) -> None:
         self.check_whole()
-        names = [name for name in adapters if self.has(name)]
-        before, self._overwritten, self.merged_adapters = self._overwritten, None, []
-        if self._stamp != self._writes():
-            self._ready.clear()  # somebody else has written to the weight
-        ready = self._ready.get(names[0]) if len(names) == 1 else None
-        if ready is not None and ready.seen != self._seen(names[0]):
-            ready = None
-        if before is not None and (ready is None or not torch.equal(before[0], ready.index)):
+        merging = self.merging
+        before, merging.overwritten, self.merged_adapters = merging.overwritten, None, []
+        if before is not None:
             self._write(*before)
-        if ready is not None:
-            index, former, merged = ready.index, ready.former, ready.merged
-        elif names:
+        if names:
             index, part = self._summed(names)
             former = self._read(index)
             merged = self._merged(former, part, names)
-        else:
-            return
-        self._write(index, merged)
-        self._overwritten, self.merged_adapters = (index, former), names
+            self._write(index, merged)
+            merging.overwritten, self.merged_adapters = (index, former), names
+
+    def _swapped(self, adapters: Sequence[str]) -> bool:
+        """Merge at most one adapter by copying lines that are ready; return False, with nothing done, if they are not.
+
+        What is ready is dropped if somebody else has written to the weight.
+        """
+        merging = self.merging
+        if not merging.ready or len(adapters) > 1:
+            return False
+        base: Any = self.base_layer  # `get_base_layer` takes as long as a copy of a dozen columns
+        weight: Tensor = base.weight
+        if merging.stamp != stamp_of(weight):
+            merging.ready.clear()
+            return False
+        new, before = None, merging.overwritten
+        if adapters and self.has(adapters[0]):
+            new = merging.ready.get(adapters[0])
+            if new is None or new.seen != stamp_of(self.secateur_s2ft_slice[adapters[0]]):
+                return False
+        lines = weight.detach()
+        place = (lines if self.columns == self.transposed else lines.T).view(merging.element)
+        if before is not None and (new is None or new.index is not before[0]):
+            old = merging.ready.get(self.merged_adapters[0])
+            if old is not None and old.former is before[1]:
+                place.index_copy_(0, old.index, old.pieces[0])
+            else:
+                self._write(*before)
+        if new is not None:
+            place.index_copy_(0, new.index, new.pieces[1])
+        merging.overwritten = None if new is None else (new.index, new.former)
+        merging.stamp = stamp_of(weight)
+        self.merged_adapters[:] = [] if new is None else adapters
+        return True
 
     @torch.no_grad()
     def prepare_(self, adapters: Sequence[str]) -> None:
@@ -344,37 +294,31 @@ class S2ftLinear(AdapterLinear):
             StateError: if the weight is sharded (FSDP).
         """
         self.check_whole()
-        weight = self.weight_view()
-        found = {}
+        original, found = self.original_weight(), {}
         for adapter in adapters:
             if self.has(adapter):
                 index, part = self._summed([adapter])
-                former = self.original_weight().index_select(int(self.columns), index)
+                former = original.index_select(int(self.columns), index)
                 found[adapter] = (index, former, self._merged(former, part, [adapter]))
         base: Any = self.get_base_layer()
-        if self.columns and weight.stride(1) == 1:
-            base.weight.data = self.lines(weight.detach()).contiguous().T
+        if self.merging.stamp != stamp_of(base.weight):
+            self.merging.ready.clear()
+        if self.lines(self.weight_view()).stride(1) != 1:
+            base.weight.data = self.lines(self.weight_view().detach()).contiguous().T
+        element = self.merging.element = widest_element(self.lines(self.weight_view().detach()))
         for adapter, (index, former, merged) in found.items():
-            whole = [self.lines(self.lines(lines).contiguous()) for lines in (former, merged)]
-            self._ready[adapter] = Ready(index, whole[0], whole[1], self._seen(adapter))
-        self._stamp = self._writes()
+            old, new = (self.lines(lines).clone(memory_format=torch.contiguous_format) for lines in (former, merged))
+            pieces, seen = (old.view(element), new.view(element)), stamp_of(self.secateur_s2ft_slice[adapter])
+            known = (other.index for other in self.merging.ready.values() if torch.equal(other.index, index))
+            index = next(known, index)  # adapters of the same lines are told by the same index
+            self.merging.ready[adapter] = Ready(index, self.lines(old), self.lines(new), pieces, seen)
+        self.merging.stamp = stamp_of(base.weight)
 
     def forget_(self) -> None:
         """Drop what `prepare_` computed, and store the weight by rows again."""
-        self._ready.clear()
+        self.merging.ready.clear()
         base: Any = self.get_base_layer()
         base.weight.data = base.weight.data.contiguous()
-
-    def _writes(self) -> int | None:
-        """Return how often the weight was written to, as far as torch counts."""
-        weight: Tensor = self.get_base_layer().weight
-        return None if weight.is_inference() else weight._version
-
-    def _seen(self, adapter: str) -> tuple[object, ...]:
-        """Return what tells whether the adapter or the place of the weight has changed; writes through `.data` do not."""
-        part, weight = self.secateur_s2ft_slice[adapter], self.get_base_layer().weight
-        version = None if part.is_inference() else part._version
-        return part.data_ptr(), version, part.dtype, weight.data_ptr(), weight.dtype
 
     def _read(self, index: Tensor) -> Tensor:
         """Return a copy of the lines of the weight, `(out_features, k)` or `(k, in_features)`."""
@@ -390,14 +334,14 @@ class S2ftLinear(AdapterLinear):
             self.lines(weight).index_copy_(0, index, self.lines(values))
         else:
             weight.index_copy_(int(self.columns), index, values)
-        self._stamp = self._writes()
+        self.merging.stamp = stamp_of(self.get_base_layer().weight)
 
     def overwritten(self) -> tuple[Tensor, Tensor] | None:
         """Return the index of what the merged adapters changed, and its former values; None if nothing is merged.
 
         The index is int64 `(k,)`; the values are columns `(out_features, k)` or rows `(k, in_features)`.
         """
-        return self._overwritten
+        return self.merging.overwritten
 
     def _summed(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the index, ascending, and the sum `(k, other side)` of the slices of `adapters`."""
@@ -432,11 +376,6 @@ class S2ftLinear(AdapterLinear):
             smallest = torch.full_like(former, smallest_kept(former.dtype)).copysign(former)
             merged = torch.where(former == 0, former, torch.where(vanished, smallest, merged))
         return merged
-
-
-def _with_slice(matrix: Tensor, part: Tensor, index: Tensor, columns: bool) -> Tensor:
-    """Return a copy of `matrix` `(out_features, in_features)` with `part` `(k, other side)` added at its lines."""
-    return matrix.index_add(1, index, part.T) if columns else matrix.index_add(0, index, part)
 
 
 def _is_plain(module: nn.Module) -> bool:
