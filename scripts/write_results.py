@@ -50,13 +50,14 @@ Model and calibration are the same, evaluation is on the first 10 windows. The c
 OWN = """## Planners and tuners
 
 `secateur compare`, each row calibrated on its own pruned path as `secateur prune` does it; model, texts and windows as in the
-first table, whose true-sequential rows are the uniform ones to compare with. Rows with a tuner had `--refit`, one epoch and
-batches of 2. The commands:
+first table, whose true-sequential rows are the uniform ones to compare with. What is not a default stands behind its name.
+Planning counts in the seconds of each row. The commands:
 
     secateur compare MODEL --methods sparsegpt,alps --pattern 70% --plan owl,loss-curves,mixed-sparsity \\
         --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 20
     secateur compare MODEL --methods sparsegpt,alps --pattern 2:4 --tuner ebft --refit --set ebft.epochs=1 \\
         --set ebft.batch_size=2 ...
+    python benchmarks/record_compare.py DIR/report.json --out benchmarks/results/compare-own-smollm2.jsonl
 """
 
 FINETUNE = """## Fine-tuning a sparse model
@@ -170,17 +171,27 @@ def comparison() -> str:
 def own() -> str:
     """Return the section on planners and tuners."""
     lines = [line for line in read("compare-own-smollm2.jsonl") if line["pattern"]]
+
+    def named(line: dict[str, Any], kind: str) -> str:
+        """Return a method with what was changed of it, in words."""
+        words = [f"{name} {value}" for name, value in line["changed"][kind].items()]
+        words += ["exact refit first"] if kind == "tuner" and line["refit"] else []
+        name = line[kind] or "uniform"
+        return f"{name} ({', '.join(words)})" if words else name
+
     rows = [
         [
-            line["method"],
-            line["plan"] or "uniform",
-            line["tuner"],
+            named(line, "method"),
+            named(line, "plan"),
+            named(line, "tuner"),
             line["pattern"],
             f"{line['sparsity']:.3f}",
             f"{next(iter(line['perplexity'].values())):.2f}",
             f"{line['seconds']:.0f}",
         ]
-        for line in lines
+        for line in sorted(
+            lines, key=lambda line: (line["pattern"], line["tuner"] != "none", -next(iter(line["perplexity"].values())))
+        )
     ]
     head = ["method", "plan", "tuner", "pattern", "sparsity", "perplexity", "seconds"]
     return OWN + "\n" + table(head, rows) if rows else ""

@@ -92,8 +92,10 @@ def test_what_is_expected_adds_up_and_fits_with_a_reserve(trained_folder, measur
     prune = found["recipe"]["stages"][0]["prune"]
     tokens = prune["calibration"]["samples"] * prune["calibration"]["length"]
     each_token = 1e-3 + 1e-3 + 3 * 1e-3 + prune["tuner"]["epochs"] * 4e-3
-    assert expected_seconds(ORDER[0], costs(), tokens, prune["tuner"]["epochs"]) == pytest.approx(
-        4 * (tokens * each_token + costs().solvers[ORDER[0].method])
+    first = next(option for option in ORDER if option.plan is None)
+    assert first.tuner == prune["tuner"]["name"]
+    assert expected_seconds(first, costs(), tokens, prune["tuner"]["epochs"]) == pytest.approx(
+        4 * (tokens * each_token + costs().solvers[first.method])
     )
     assert found["expected_seconds"] <= RESERVE * 30 * 60
     assert all(line["fits"] == (line["why"] == "") for line in found["choices"])
