@@ -19,7 +19,7 @@ import secateur
 from secateur.core import faults
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
-from secateur.train.supervised import last_whole
+from secateur.train.checkpoints import last_whole
 
 DATA = "builtin:tiny-instructions"
 SHORT = {"data": DATA, "steps": 3, "length": 160, "batch_size": 2, "log_every": 1, "completion_only": False}
