@@ -37,7 +37,7 @@ from secateur.recipe.finetune_folder import (
     weight_sides,
 )
 from secateur.recipe.job import Job, Result, refuse_existing
-from secateur.train.sharding import check_sharding, checkpoint_kind, is_asked_for, weights_read_by_all
+from secateur.train.sharding import accelerate_settings, check_sharding, is_asked_for
 
 STEPS = 500  # where neither steps nor epochs are given
 RATE = 2e-4  # of adapters that suggest none
@@ -45,7 +45,7 @@ FULL_RATE = 2e-5  # of all weights
 SELECTING = 32  # examples that a selection by activations or gradients reads
 
 
-@weights_read_by_all()
+@accelerate_settings()
 def finetune(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
@@ -236,7 +236,7 @@ def finetune(
         "dtype": report["dtype"],
         "device": job.device.type,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        **({"shards": checkpoint_kind()} if in_shards else {}),
+        **({"shards": True} if in_shards else {}),
         "versions": report["versions"],
     }
     made = {**identity, "merge": merge}  # an unfinished run does not depend on it, its output does

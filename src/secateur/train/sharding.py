@@ -18,34 +18,21 @@ from torch import Tensor, nn
 from secateur.core.errors import RecipeError
 from secateur.core.shards import gathered, is_sharded
 
-ASKED, VERSION, KIND, SENT = (
-    "ACCELERATE_USE_FSDP",
-    "FSDP_VERSION",
-    "FSDP_STATE_DICT_TYPE",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING",
-)
-CHECKPOINTS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")  # as transformers can read them again
+ASKED, VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+SETTINGS = {
+    # every process reads the weights itself: zeros, targets of an adapter and PST's masks are found in them before
+    # Accelerate would send those of the first process
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    # checkpoints are for going on, which torch 2.13 cannot from a whole one of an optimizer without state (SGD); the
+    # output is gathered in any case
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
 _WRAPPER = "_checkpoint_wrapped_module."  # of Accelerate's own activation checkpointing
 
 
 def is_asked_for() -> bool:
     """Return whether the launcher asks for shards."""
     return os.environ.get(ASKED, "").lower() in ("1", "true", "yes", "on", "y", "t")
-
-
-def checkpoint_kind() -> str:
-    """Return how checkpoints of shards are written: each process its part, or the first one everything.
-
-    Raises:
-        RecipeError: in another way, which cannot be gone on from.
-    """
-    kind = os.environ.get(KIND, CHECKPOINTS[0]).upper()
-    if kind not in CHECKPOINTS:
-        raise RecipeError(
-            f"`fsdp_state_dict_type` is `{kind}`, whose checkpoints cannot be gone on from",
-            hint=f"launch with --fsdp_state_dict_type {CHECKPOINTS[0]}",
-        )
-    return kind
 
 
 def check_sharding(*, two_pass: bool = False, compact: bool = False, inplace: bool = False) -> None:
@@ -62,7 +49,6 @@ def check_sharding(*, two_pass: bool = False, compact: bool = False, inplace: bo
             f"FSDP version {version} is asked for, and only version 2 leaves an adapter its weights",
             hint="launch with --use_fsdp --fsdp_version 2",
         )
-    checkpoint_kind()
     without = "launch without --use_fsdp: DDP keeps the model whole"
     if two_pass:
         raise RecipeError(
@@ -81,23 +67,18 @@ def check_sharding(*, two_pass: bool = False, compact: bool = False, inplace: bo
 
 
 @contextmanager
-def weights_read_by_all() -> Iterator[None]:
-    """Let every process read the weights itself, instead of getting those of the first one when training begins.
-
-    The zeros, the choice of an adapter's targets and PST's masks are found before that, in each process.
-    """
-    if not is_asked_for():
-        yield
-        return
-    former = os.environ.get(SENT)
-    os.environ[SENT] = "false"
+def accelerate_settings() -> Iterator[None]:
+    """Let Accelerate find the settings that a fine-tuning in shards needs, whatever the launcher has said of them."""
+    former = {name: os.environ.get(name) for name in SETTINGS} if is_asked_for() else {}
+    os.environ.update({name: SETTINGS[name] for name in former})
     try:
         yield
     finally:
-        if former is None:
-            del os.environ[SENT]
-        else:
-            os.environ[SENT] = former
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def emptied(model: nn.Module) -> nn.Module:
