@@ -33,16 +33,15 @@ ADAPTERS: dict[str, Any] = {
 }
 MERGED = ("spp", "s2ft", "pst")
 STOPPED = ("masked_lora", "pst", "all weights")
-ADAMW = {"optimizer": "adamw_torch", "learning_rate": 1e-3}
-KILLED = {**ADAMW, "steps": 6, "save_every": 2}
+ADAMW = {"optimizer": "adamw_torch", "learning_rate": 3e-4}
+WATCHED = {"evaluation": [{"text": "The river runs north into the sea of ice. " * 9}] * 5, "evaluate_every": 2}
+KILLED = {**ADAMW, **WATCHED, "steps": 6, "save_every": 2}
 
 
 def settings(kind: str, processes: int, **more: Any) -> dict[str, Any]:
     """Return the settings of one kind, under which all processes together see the rows of one."""
     found = {
         "data": DATA,
-        "evaluation": DATA,
-        "evaluate_every": 2,
         "adapter": ADAPTERS[kind],
         "steps": STEPS,
         "length": LENGTH,
@@ -68,7 +67,12 @@ def tell(rank: int, folder: Path, name: str, model: str, output: str = "", **wor
         with torch.no_grad():
             logits = tuned(torch.arange(16)[None]).logits
         devices = sorted({parameter.device.type for parameter in tuned.parameters()})
-        said = {"report": report, "logits": logits.flatten()[:500].tolist(), "devices": devices, "eval": not tuned.training}
+        said = {
+            "report": report,
+            "logits": logits.flatten()[:500].tolist(),
+            "devices": devices,
+            "eval": not tuned.training,
+        }
     (folder / f"{name} {rank}.json").write_text(json.dumps(said))
 
 
@@ -76,10 +80,12 @@ def main(model: str, folder: Path) -> None:
     """Run everything in the process group that the launcher describes."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for kind in ADAPTERS:
-        tell(rank, folder, kind, model, **settings(kind, processes))
+        tell(rank, folder, kind, model, **settings(kind, processes, **WATCHED))
     for kind in MERGED:
         tell(rank, folder, f"{kind} merged", model, **settings(kind, processes, merge=True))
-    tell(rank, folder, "accumulated", model, **settings("spp", processes, batch_size=1, accumulation=BATCH // processes))
+    tell(
+        rank, folder, "accumulated", model, **settings("spp", processes, batch_size=1, accumulation=BATCH // processes)
+    )
     tell(rank, folder, "spared", model, **settings("spp", processes, gradient_checkpointing=True))
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # which is for others to say
     for kind in STOPPED:
