@@ -31,8 +31,8 @@ ADAPTERS: dict[str, Any] = {
     "lora": {"name": "lora", "r": 4},
     "all weights": None,
 }
-MERGED = ("spp", "s2ft", "pst")
-STOPPED = ("masked_lora", "pst", "all weights")
+MERGED = ("s2ft", "pst")
+STOPPED = ("pst", "all weights")
 ADAMW = {"optimizer": "adamw_torch", "learning_rate": 3e-4}
 WATCHED = {"evaluation": [{"text": "The river runs north into the sea of ice. " * 9}] * 5, "evaluate_every": 2}
 KILLED = {**ADAMW, **WATCHED, "steps": 6, "save_every": 2}
@@ -46,9 +46,9 @@ def settings(kind: str, processes: int, **more: Any) -> dict[str, Any]:
         "steps": STEPS,
         "length": LENGTH,
         "batch_size": BATCH // processes,
-        "learning_rate": {"spp": 10.0, "all weights": 0.01}.get(kind, 0.1),
+        "learning_rate": {"spp": 30.0, "all weights": 0.01}.get(kind, 0.1),
         "optimizer": "sgd",
-        "weight_decay": 0.1,
+        "weight_decay": 1e-3,
         "clip": 0.5,
         "warmup": 0.0,
         "completion_only": False,
@@ -83,10 +83,8 @@ def main(model: str, folder: Path) -> None:
         tell(rank, folder, kind, model, **settings(kind, processes, **WATCHED))
     for kind in MERGED:
         tell(rank, folder, f"{kind} merged", model, **settings(kind, processes, merge=True))
-    tell(
-        rank, folder, "accumulated", model, **settings("spp", processes, batch_size=1, accumulation=BATCH // processes)
-    )
-    tell(rank, folder, "spared", model, **settings("spp", processes, gradient_checkpointing=True))
+    spared = {"batch_size": 1, "accumulation": BATCH // processes, "gradient_checkpointing": True}
+    tell(rank, folder, "spared", model, **settings("spp", processes, **spared))
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # which is for others to say
     for kind in STOPPED:
         name, words = f"{kind} resumed", settings(kind, processes, **ADAMW)
