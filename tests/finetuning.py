@@ -35,7 +35,7 @@ MERGED = ("s2ft", "pst")
 STOPPED = ("pst", "all weights")
 ADAMW = {"optimizer": "adamw_torch", "learning_rate": 3e-4}
 WATCHED = {"evaluation": [{"text": "The river runs north into the sea of ice. " * 9}] * 5, "evaluate_every": 2}
-KILLED = {**ADAMW, **WATCHED, "steps": 6, "save_every": 2}
+KILLED = {**ADAMW, **WATCHED, "evaluation": DATA, "steps": 6, "save_every": 2}
 
 
 def settings(kind: str, processes: int, **more: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def settings(kind: str, processes: int, **more: Any) -> dict[str, Any]:
         "steps": STEPS,
         "length": LENGTH,
         "batch_size": BATCH // processes,
-        "learning_rate": {"spp": 30.0, "all weights": 0.01}.get(kind, 0.1),
+        "learning_rate": {"spp": 30.0, "s2ft": 1.0, "all weights": 0.1}.get(kind, 0.1),
         "optimizer": "sgd",
         "weight_decay": 1e-3,
         "clip": 0.5,
@@ -105,6 +105,6 @@ if __name__ == "__main__":
         from secateur.cli import main as command
 
         sys.argv[1:] = sys.argv[2:]
-        command()
+        sys.exit(command())
     else:
         main(sys.argv[1], Path(sys.argv[2]))

@@ -319,23 +319,6 @@ def test_two_processes_train_what_one_does_and_speak_once(sparse, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-def test_shards_are_refused_before_the_model_is_opened(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="FSDP"):
-        secateur.finetune("nowhere", data=DATA)
-
-
-def test_an_output_that_would_take_the_place_of_the_model_is_refused_before_training(sparse, tmp_path):
-    model = shutil.copytree(sparse, tmp_path / "a" / "model")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "file").touch()
-    for output in (model, model / "inside", tmp_path / "foreign", tmp_path / "foreign" / "file" / "below"):
-        with pytest.raises(StateError, match="the output"):
-            secateur.finetune(str(model), data="nowhere", output=output, overwrite=True)
-    assert (model / "model.safetensors").is_file()
-    assert not (model / "inside").exists()
-
-
 def test_an_adapter_of_a_relative_model_path_opens_from_another_folder(sparse, tmp_path, monkeypatch):
     shutil.copytree(sparse, tmp_path / "model")
     monkeypatch.chdir(tmp_path)

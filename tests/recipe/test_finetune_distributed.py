@@ -150,46 +150,17 @@ def test_a_step_that_is_not_finite_stops_all_processes_and_the_last_checkpoint_s
 
 
 def test_the_command_goes_on_after_a_kill_with_the_same_curve(sparse, alone, together):
-    words = finetuning.settings("masked_lora", 2, **finetuning.KILLED)
-    options = {name: words[name] for name in ("data", "steps", "length", "warmup", "clip", "optimizer")}
-    evaluation = together / "evaluation.jsonl"
-    evaluation.write_text("".join(json.dumps(record) + "\n" for record in words["evaluation"]))
-    given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    given += [
-        "--set",
-        "adapter.r=4",
-        "--adapter",
-        "masked_lora",
-        "--whole-loss",
-        "--learning-rate",
-        words["learning_rate"],
-    ]
-    given += ["--batch-size", words["batch_size"], "--weight-decay", words["weight_decay"], "--evaluation", evaluation]
-    given += [
-        "--evaluate-every",
-        2,
-        "--log-every",
-        1,
-        "--save-every",
-        2,
-        "--resume",
-        "--json",
-        "--output",
-        together / "killed",
-    ]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--use_fsdp",
-        "--fsdp_version",
-        "2",
-    ]
-    launcher += ["--num_processes", 2, "--main_process_port", 0, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-    launcher += [TESTS / "finetuning.py", "--command", "finetune", sparse]
-    text = launch(*map(str, [*launcher, *given]), ACCELERATE_USE_CPU="true")
-    report = json.loads(text[text.index("\n{") :])
+    words = finetuning.settings(
+        "masked_lora", 2, **finetuning.KILLED, adapter="masked_lora", output=together / "killed"
+    )
+    del words["completion_only"]
+    given = [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", value)]
+    given += ["--set", "adapter.r=4", "--whole-loss", "--resume", "--json"]
+    shards = ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", 2, *shards]
+    program = ["--main_process_port", 0, TESTS / "finetuning.py", "--command", "finetune", sparse]
+    text = launch(*map(str, [*launcher, *program, *given]), ACCELERATE_USE_CPU="true")
+    report = json.loads(text[text.index('{"stage"') :])
     assert_same_curve(report, said(alone, "killed")["report"])
     assert_same(together / "killed", alone / "killed")
 

@@ -91,7 +91,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         if any(id(parameter) not in known for parameter, _ in masks.pairs()):
             raise RecipeError(
                 "the masks are not of the parameters that are trained; sharding (FSDP) replaces those of the model",
-                hint="`KeepZeros()` without masks takes the zeros that the model has when training begins",
+                hint="`KeepZeros()` takes the zeros that the model has when training begins, or masks by names of parameters",
             )
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self._handles = masks.attach_gradients()
