@@ -25,7 +25,6 @@ STEPS, BATCH, LENGTH = 3, 4, 40  # BATCH rows for all processes together; no exa
 ADAPTERS: dict[str, Any] = {
     "spp": {"name": "spp", "r": 4, "dropout": 0.0},
     "masked_lora": {"name": "masked_lora", "r": 4},
-    "dora": {"name": "masked_lora", "r": 4, "use_dora": True},
     "s2ft": {"name": "s2ft", "o": 1, "down": 8},
     "pst": {"name": "pst", "pattern": "60%", "r": 2},
     "lora": {"name": "lora", "r": 4},

@@ -150,12 +150,13 @@ def test_a_step_that_is_not_finite_stops_all_processes_and_the_last_checkpoint_s
 
 
 def test_the_command_goes_on_after_a_kill_with_the_same_curve(sparse, alone, together):
-    words = finetuning.settings(
-        "masked_lora", 2, **finetuning.KILLED, adapter="masked_lora", output=together / "killed"
-    )
-    del words["completion_only"]
-    given = [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", value)]
-    given += ["--set", "adapter.r=4", "--whole-loss", "--resume", "--json"]
+    words = finetuning.settings("masked_lora", 2, **finetuning.KILLED)
+    given = ["--adapter", "masked_lora", "--set", "adapter.r=4", "--whole-loss", "--resume", "--json"]
+    for name in ("data", "evaluation"):
+        given += [f"--{name}", words.pop(name)]
+    for name in words.keys() - {"adapter", "completion_only"}:
+        given += ["--set", f"{name}={words[name]}"]
+    given += ["--output", together / "killed"]
     shards = ["--use_fsdp", "--fsdp_version", 2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", 2, *shards]
     program = ["--main_process_port", 0, TESTS / "finetuning.py", "--command", "finetune", sparse]
