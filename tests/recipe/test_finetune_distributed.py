@@ -28,7 +28,7 @@ SHARDS = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # what `accelerate launch` says
 }
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)  # of both groups, which take 60 where nothing else runs
 
 
 @pytest.fixture(scope="module")
