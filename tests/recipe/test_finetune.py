@@ -19,7 +19,7 @@ import secateur
 from secateur.core import faults
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
-from secateur.train.supervised import last_whole
+from secateur.train.checkpoints import last_whole
 
 DATA = "builtin:tiny-instructions"
 SHORT = {"data": DATA, "steps": 3, "length": 160, "batch_size": 2, "log_every": 1, "completion_only": False}
@@ -317,23 +317,6 @@ def test_two_processes_train_what_one_does_and_speak_once(sparse, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-
-
-def test_shards_are_refused_before_the_model_is_opened(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="FSDP"):
-        secateur.finetune("nowhere", data=DATA)
-
-
-def test_an_output_that_would_take_the_place_of_the_model_is_refused_before_training(sparse, tmp_path):
-    model = shutil.copytree(sparse, tmp_path / "a" / "model")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "file").touch()
-    for output in (model, model / "inside", tmp_path / "foreign", tmp_path / "foreign" / "file" / "below"):
-        with pytest.raises(StateError, match="the output"):
-            secateur.finetune(str(model), data="nowhere", output=output, overwrite=True)
-    assert (model / "model.safetensors").is_file()
-    assert not (model / "inside").exists()
 
 
 def test_an_adapter_of_a_relative_model_path_opens_from_another_folder(sparse, tmp_path, monkeypatch):

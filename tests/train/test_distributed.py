@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,50 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ranks
-import secateur
 from adapted import sparse_llama, zeros_of
 from conftest import TINY_TRAINED
-
-TESTS = Path(ranks.__file__).parent
-SOURCE = Path(secateur.__file__).parents[1]
-LIMIT = 270  # seconds for one group of processes, which takes 20 where nothing else runs
-PAIR = ("--standalone", "--nproc_per_node", "2")
+from launching import PAIR, TESTS, launch
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def launch(*words: str | Path, folder: Path | None = None, **settings: str) -> str:
-    """Run a program, which starts others, in a folder, and return what all have written.
-
-    Fails with that text if the program fails, or does not end; no process outlives it.
-    """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SOURCE), str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-        **settings,
-    }
-    with subprocess.Popen(
-        list(map(str, words)),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            text, _ = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
-            pytest.fail(f"still running after {LIMIT} s:\n{text}")
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, text
-    return text
 
 
 @pytest.fixture(scope="module")

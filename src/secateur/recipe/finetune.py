@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,27 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core import faults
 from secateur.core.errors import RecipeError, StateError, TimeLimitReached
 from secateur.core.progress import Progress
 from secateur.core.versions import versions
 from secateur.data.instructions import Examples, load_examples
-from secateur.engine.journal import Journal
 from secateur.engine.memory import peak_memory
 from secateur.methods.registry import REGISTRY
 from secateur.models.files import save_model
 from secateur.models.linears import sparsity
-from secateur.models.publish import is_complete, publish, read_manifest
+from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
-from secateur.recipe.job import Job, Result, digest_of, forget, read_side, refuse_existing, state_folder
+from secateur.recipe.finetune_folder import (
+    CHECKPOINTS,
+    as_published,
+    is_done,
+    merged,
+    refuse_output,
+    save_adapter,
+    side_of,
+    unfinished,
+    weight_sides,
+)
+from secateur.recipe.job import Job, Result, refuse_existing
+from secateur.train.sharding import accelerate_settings, check_sharding, is_asked_for
 
 STEPS = 500  # where neither steps nor epochs are given
 RATE = 2e-4  # of adapters that suggest none
 FULL_RATE = 2e-5  # of all weights
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"  # in the folder of an unfinished run
 SELECTING = 32  # examples that a selection by activations or gradients reads
 
 
+@accelerate_settings()
 def finetune(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
@@ -137,7 +146,8 @@ def finetune(
         strict, allow_pickle, trust_remote_code, revision, dry_run, progress: as in `prune`.
 
     Returns:
-        `Result(model, report)`: PEFT's model with the adapter active, or the whole model; in eval mode.
+        `Result(model, report)`: PEFT's model with the adapter active, or the whole model; in eval mode. Where training
+        had it in shards (FSDP2), every process gets all of it again, on the CPU.
 
     Raises:
         NumericError: the loss or a gradient was not finite; the last checkpoint before it is kept.
@@ -155,21 +165,20 @@ def finetune(
         raise RecipeError("`merge` has nothing to merge where all weights are trained", hint="leave it out")
     if config is not None and compact_state:
         raise RecipeError("`compact_state` is for training all weights", hint="leave out the adapter, or this")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise RecipeError(
-            "`finetune` runs in one process or under DDP, and FSDP is asked for",
-            hint="launch it without --use_fsdp, or write a script of a few lines: docs/guides/distributed.md",
-        )
+    in_shards = is_asked_for()
+    if in_shards:
+        live = isinstance(model, nn.Module)
+        check_sharding(two_pass=outer is not None, compact=compact_state, inplace=inplace and live)
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         refuse_existing(output, resume, overwrite)
-        _refuse_output(output, model)
+        refuse_output(output, model)
     job = Job("finetune", model, tokenizer, None, {**locals(), "state": None})
     words = job.need_tokenizer("fine-tune")
     examples = _examples(data, job, "calibration")
     tested = None if evaluation is None else _examples(evaluation, job, "evaluation")
 
-    from secateur.train.supervised import Training, check_training
+    from secateur.train.training import Training, check_training
 
     training = Training(
         steps=steps if steps is not None or epochs is not None else STEPS,
@@ -227,14 +236,18 @@ def finetune(
         "dtype": report["dtype"],
         "device": job.device.type,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        **({"shards": True} if in_shards else {}),
         "versions": report["versions"],
     }
     made = {**identity, "merge": merge}  # an unfinished run does not depend on it, its output does
     target = None if output is None else Path(output)
-    if target is not None and main and resume and _is_done(target, made, overwrite):
-        job.warnings.append(f"`{target}` was complete already, so nothing was done")
-        return Result(job.model, {**report, **_as_published(target), "warnings": job.warnings})
-    with _state(target, identity, resume=resume, overwrite=overwrite, main=main) as state:
+    if target is not None and resume:
+        if is_done(target, made):  # every process sees that it has nothing to do
+            job.warnings.append(f"`{target}` was complete already, so nothing was done")
+            return Result(job.model, {**report, **as_published(target), "warnings": job.warnings})
+        if main:
+            refuse_existing(target, resume=False, overwrite=overwrite)
+    with unfinished(target, identity, resume=resume, overwrite=overwrite, main=main) as state:
         tuned = _with_adapter(job, config, examples, words) if config is not None else _whole(job.model)
         masks = None
         if config is None and keep_zeros and zeros > 0:
@@ -244,6 +257,7 @@ def finetune(
         if compact_state and masks is None:
             raise RecipeError("`compact_state` needs a sparse model and `keep_zeros`", hint="leave it out")
         trained = _trained(job, tuned, words, examples, tested, training, state, target, masks, outer, config)
+        tuned = trained.model
         report |= {
             "steps_done": trained.steps,
             "losses": trained.losses,
@@ -259,18 +273,19 @@ def finetune(
             raise StateError(
                 f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it"
             )
-        side = _side(made, merge or config is None, job)
+        side = side_of(made, merge or config is None, job)
         if merge:
-            result = _merged(tuned, words, job, state, target if main else None, side)
+            result = merged(tuned, words, job, state if main else None, target if main else None, side)
         else:
             result = tuned
             if target is not None and main:
                 with publish(target, overwrite) as folder:
                     if config is None:
-                        whole = {**side, "weights": _weights(result, job)}
-                        job.warnings += save_model(result, words, folder, whole)
+                        job.warnings += save_model(
+                            result, words, folder, {**side, "weights": weight_sides(result, job)}
+                        )
                     else:
-                        _save_adapter(result, words, folder, side)
+                        save_adapter(result, words, folder, side)
         after = sparsity_beneath(result)
     report |= {
         "sparsity": after,
@@ -280,32 +295,6 @@ def finetune(
         "warnings": job.warnings,
     }
     return Result(result.eval(), report)
-
-
-def _refuse_output(output: str | Path | None, model: str | Path | nn.Module) -> None:
-    """Refuse an output that could not be written at the end, or that would take the place of the model.
-
-    Raises:
-        StateError: naming the folder.
-    """
-    if output is None:
-        return
-    target = Path(output)
-    if target.exists() and any(target.iterdir() if target.is_dir() else (target,)) and read_manifest(target) is None:
-        raise StateError(
-            f"the output `{target}` is no earlier output, so it is not replaced", hint="choose another --output"
-        )
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise StateError(
-            f"the output `{target}` lies in `{parent}`, which is no folder", hint="choose another --output"
-        )
-    if isinstance(model, nn.Module) or not Path(model).is_dir():
-        return
-    inner, outer = target.resolve(), Path(model).resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        place = "is the model's own folder" if inner == outer else "and the model's folder lie in one another"
-        raise StateError(f"the output `{target}` {place}", hint="choose an --output beside the model")
 
 
 def _examples(given: Any, job: Job, role: Any) -> Examples:
@@ -346,12 +335,22 @@ def _with_adapter(job: Job, config: Any, examples: Examples, tokenizer: Any) -> 
     job.model.requires_grad_(False)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        model = get_peft_model(job.model, config)
+        with _drawn_alike(job.model, int(job.options["seed"])):
+            model = get_peft_model(job.model, config)
     if job.source is not None:
         for made in model.peft_config.values():
             made.base_model_name_or_path = _findable(job.spec)
     job.warnings += [str(one.message) for one in heard if issubclass(one.category, UserWarning)]
     return model
+
+
+@contextmanager
+def _drawn_alike(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let PEFT's own adapters, which draw from torch's generators, begin alike in every process and run."""
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _findable(spec: str) -> str:
@@ -422,36 +421,6 @@ def _trainable(model: nn.Module) -> dict[str, Any]:
     return {"trainable": trained, "trainable_share": trained / every}
 
 
-def _merged(
-    model: Any, tokenizer: Any, job: Job, state: Path | None, target: Path | None, side: dict[str, Any]
-) -> nn.Module:
-    """Return the base model with the adapter in its weights, published at `target`, as `merge` would do it.
-
-    Raises:
-        InputError: the merge would fill zeros; NumericError: a merged weight is not finite.
-    """
-    from secateur.recipe.adapter_folder import read_adapter
-    from secateur.recipe.merging import merge_into, publish_merged
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = (state or Path(scratch)) / ADAPTER
-        _save_adapter(model, None, folder, side)
-        done = merge_into(model.unload(), read_adapter(folder), job.spec)
-        job.warnings += done.notes
-        side = {**side, "weights": _weights(done.model, job)}
-        if target is not None:
-            job.warnings += publish_merged(target, bool(job.options["overwrite"]), done, tokenizer, side)
-    merged: nn.Module = done.model
-    return merged
-
-
-def _weights(model: nn.Module, job: Job) -> dict[str, Any]:
-    """Return what `secateur.json` says of the linears that have zeros."""
-    from secateur.recipe.zero_pattern import weight_lines
-
-    return weight_lines(model, (job.side or {}).get("weights", {}))
-
-
 def sparsity_beneath(model: Any) -> float:
     """Return the fraction of zeros in the linears of the blocks, those under adapters as they are without them."""
     if not hasattr(model, "get_base_model"):
@@ -461,63 +430,3 @@ def sparsity_beneath(model: Any) -> float:
     base = model.get_base_model()
     with without_adapters(base):
         return sparsity(base)
-
-
-def _save_adapter(model: Any, tokenizer: Any, folder: Path, side: Mapping[str, Any]) -> None:
-    """Write the adapter as PEFT does, with the tokenizer and `secateur.json` beside it."""
-    faults.hit("finetune.save")
-    with warnings.catch_warnings():  # PEFT misses the config.json of packed folders and live models
-        warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
-        model.save_pretrained(str(folder), safe_serialization=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    (folder / "secateur.json").write_text(json.dumps(side, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _side(identity: Mapping[str, Any], whole: bool, job: Job) -> dict[str, Any]:
-    """Return the content of `secateur.json`: only what decides the result, so that equal runs write equal bytes."""
-    former = (job.side or {}) if whole else {}
-    return {
-        "base_model": former.get("base_model") or identity["model"],
-        "stage": "finetune",
-        "run": digest_of(identity),
-        "settings": {name: value for name, value in identity.items() if name not in ("model", "versions")},
-        "versions": identity["versions"],
-    }
-
-
-def _is_done(target: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
-    """Return whether `target` is what this very run would publish."""
-    if is_complete(target) and (read_side(target) or {}).get("run") == digest_of(identity):
-        return True
-    refuse_existing(target, resume=False, overwrite=overwrite)
-    return False
-
-
-def _as_published(target: Path) -> dict[str, Any]:
-    return {"steps_done": None, "losses": [], "evaluations": [], "seconds": 0.0, "output": str(target)}
-
-
-@contextmanager
-def _state(
-    target: Path | None, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, main: bool
-) -> Iterator[Path | None]:
-    """Yield the folder of checkpoints of a run towards `target`; it is removed when all is done."""
-    if target is None:
-        yield None
-        return
-    folder = state_folder(target)
-    if not main:
-        yield folder
-        return
-    if overwrite and not resume and folder.exists():
-        forget(folder)
-    journal = Journal(folder, identity, resume=resume)
-    try:
-        yield folder
-    except BaseException:
-        from secateur.train.supervised import last_whole
-
-        journal.close(remove=last_whole(folder / CHECKPOINTS) is None)  # nothing to go on from, nothing to keep
-        raise
-    journal.close(remove=True)

@@ -6,6 +6,7 @@ which no callback sees, hence the one subclass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from secateur.core.errors import RecipeError
 from secateur.train.masking import FixedMasks, KeptOnly
+from secateur.train.sharding import named_parameters
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -67,11 +69,11 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """Trains all weights of a sparse model and keeps its zeros, with any Trainer and any optimizer.
 
     Args:
-        masks: which weights may change; None: the zeros that the model has when training begins, which is the only
-            way where weights are sharded (FSDP).
+        masks: which weights may change; None: the zeros that the model has when training begins. Where weights are
+            sharded (FSDP), masks are given whole, as `{name of a parameter: bool mask, True = kept}`, or not at all.
     """
 
-    def __init__(self, masks: FixedMasks | None = None) -> None:
+    def __init__(self, masks: FixedMasks | Mapping[str, Tensor] | None = None) -> None:
         self.masks = masks
         self._handles: list[RemovableHandle] = []
 
@@ -84,17 +86,28 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
             InputError: if the model has no zeros.
             RecipeError: if the masks are of other parameters than the model has.
         """
-        masks = self.masks or FixedMasks.from_zeros(kwargs["model"])
+        masks = self._masks_of(kwargs["model"])
         known = set(map(id, kwargs["model"].parameters()))
         if any(id(parameter) not in known for parameter, _ in masks.pairs()):
             raise RecipeError(
                 "the masks are not of the parameters that are trained; sharding (FSDP) replaces those of the model",
-                hint="`KeepZeros()` without masks takes the zeros that the model has when training begins",
+                hint="`KeepZeros()` takes the zeros that the model has when training begins, or masks by names of parameters",
             )
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self._handles = masks.attach_gradients()
         if not isinstance(optimizer, KeptOnly):  # that one touches no other weights
             self._handles += masks.attach(optimizer)
+
+    def _masks_of(self, model: nn.Module) -> FixedMasks:
+        if isinstance(self.masks, FixedMasks):
+            return self.masks
+        if self.masks is None:
+            return FixedMasks.from_zeros(model)
+        known = dict(named_parameters(model))
+        missing = [name for name in self.masks if name not in known]
+        if missing:
+            raise RecipeError(f"a mask is given for `{missing[0]}`, which is no parameter of the model")
+        return FixedMasks((known[name], mask) for name, mask in self.masks.items())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
