@@ -124,7 +124,10 @@ MODULE_PAGES = {
         "Train: adapters, masks, optimizers",
         "What adapters share, and training that keeps zeros.",
         (
-            *(Part(f"train/{name}") for name in ("adapter", "masking", "trainer")),
+            *(
+                Part(f"train/{name}")
+                for name in ("adapter_config", "adapter_linear", "adapter_model", "adapter_base", "masking", "trainer")
+            ),
             Part("methods/adapters/s2ft", ("chosen",)),
             Part("methods/adapters/s2ft_exchange"),
         ),
@@ -281,9 +284,9 @@ def methods_page() -> str:
         assert isinstance(node, ast.ClassDef)
         fields = hyper_parameters(node, module)
         if line.kind == "adapter":
-            shared, _ = located("train/adapter", "AdapterConfig")
+            shared, _ = located("train/adapter_config", "AdapterConfig")
             assert isinstance(shared, ast.ClassDef)
-            fields += hyper_parameters(shared, "train/adapter")
+            fields += hyper_parameters(shared, "train/adapter_config")
         lines += [f"## {line.name}", "", *markdown(ast.get_docstring(parsed(module)) or ""), ""]
         lines += [f"Class `{dotted}.{name}`:", "", *markdown("\n".join(docstring(node).text)), ""]
         lines += (

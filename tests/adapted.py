@@ -10,7 +10,8 @@ from conftest import random_ids, random_llama
 from secateur.methods.adapters.pst import advance_pst_
 from secateur.methods.registry import REGISTRY
 from secateur.models.linears import find_all_linears
-from secateur.train.adapter import AdapterConfig, AdapterLinear, adapted_linears
+from secateur.train.adapter_config import AdapterConfig
+from secateur.train.adapter_linear import AdapterLinear, adapted_linears
 
 # what each registered adapter is built with on tiny models; a variant of one has a name of its own
 SETTINGS: dict[str, dict] = {

@@ -27,7 +27,7 @@ from conftest import random_ids, random_llama
 from secateur.core.errors import SecateurError
 from secateur.methods.adapters.pst import PstSchedule
 from secateur.methods.optimizers.cram import CrAM
-from secateur.train.adapter import adapted_linears
+from secateur.train.adapter_linear import adapted_linears
 from secateur.train.masking import FixedMasks, KeptOnly
 from secateur.train.trainer import KeepZeros, TwoPassTrainer
 

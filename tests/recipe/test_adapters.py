@@ -23,7 +23,7 @@ from secateur.models.publish import is_complete
 from secateur.recipe import adapters
 from secateur.recipe.adapter_folder import METHODS
 from secateur.recipe.switch_file import SWITCH_FILE
-from secateur.train.adapter import method_name
+from secateur.train.adapter_config import method_name
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
 

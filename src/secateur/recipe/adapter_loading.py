@@ -110,7 +110,8 @@ def misfit(folder: AdapterFolder, model: nn.Module) -> str | None:
     from peft import PeftConfig
 
     from secateur.methods.registry import register_adapters
-    from secateur.train.adapter import AdapterConfig, check_base
+    from secateur.train.adapter_base import check_base
+    from secateur.train.adapter_config import AdapterConfig
 
     register_adapters()
     try:

@@ -425,7 +425,7 @@ def sparsity_beneath(model: Any) -> float:
     """Return the fraction of zeros in the linears of the blocks, those under adapters as they are without them."""
     if not hasattr(model, "get_base_model"):
         return sparsity(model)
-    from secateur.train.adapter import without_adapters
+    from secateur.train.adapter_model import without_adapters
 
     base = model.get_base_model()
     with without_adapters(base):

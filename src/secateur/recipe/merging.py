@@ -38,7 +38,7 @@ def merge_into(
     Raises:
         InputError: zeros would be filled, and neither of the two ways out is chosen.
     """
-    from secateur.train.adapter import smallest_kept
+    from secateur.train.adapter_linear import smallest_kept
 
     pattern = ZeroPattern(model)
     wrapped, notes = adapted(model, folder)

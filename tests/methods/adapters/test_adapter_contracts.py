@@ -30,7 +30,8 @@ from secateur.core.errors import InputError, NumericError, RecipeError
 from secateur.methods.registry import REGISTRY
 from secateur.models.blocks import find_blocks
 from secateur.models.experts import pack_experts_, unpack_experts_
-from secateur.train.adapter import AdapterConfig, adapted_linears
+from secateur.train.adapter_config import AdapterConfig
+from secateur.train.adapter_linear import adapted_linears
 
 KEEPS_ZEROS = ("spp", "masked_lora", "masked_lora dora")
 

@@ -11,7 +11,7 @@ from adapted import adapt, config_of, one_layer, sparse_llama, train, zeros_of
 from conftest import random_ids, random_llama
 from secateur.core.errors import RecipeError
 from secateur.methods.adapters.masked_lora import MaskedLoraConfig
-from secateur.train.adapter import adapted_linears
+from secateur.train.adapter_linear import adapted_linears
 
 both = pytest.mark.parametrize("kind", ["masked_lora", "masked_lora dora"])
 

@@ -19,7 +19,7 @@ from secateur.core.errors import PatternError, RecipeError, StateError
 from secateur.core.mask import pack_bits
 from secateur.core.pattern import NM, Unstructured, pruned_count
 from secateur.methods.adapters.pst import PstConfig, PstSchedule, advance_pst_, ramped_sparsity, unpacked
-from secateur.train.adapter import adapted_linears
+from secateur.train.adapter_linear import adapted_linears
 from strategies import seeds
 
 

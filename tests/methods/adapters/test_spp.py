@@ -14,7 +14,7 @@ from conftest import random_llama
 from secateur.core.errors import RecipeError
 from secateur.core.pattern import NM
 from secateur.methods.adapters.spp import SppConfig, spp_multiplier
-from secateur.train.adapter import adapted_linears
+from secateur.train.adapter_linear import adapted_linears
 from strategies import seeds
 
 

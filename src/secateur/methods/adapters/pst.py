@@ -23,17 +23,9 @@ from secateur.core.errors import RecipeError, StateError
 from secateur.core.mask import pack_bits
 from secateur.core.pattern import NM, Pattern, Unstructured, parse_pattern
 from secateur.core.shards import gathered
-from secateur.train.adapter import (
-    AdapterConfig,
-    AdapterLinear,
-    AdapterModel,
-    adapted_linears,
-    check_finite,
-    check_rank,
-    check_rate,
-    rank_of,
-    register,
-)
+from secateur.train.adapter_config import AdapterConfig, check_finite, check_rank, check_rate, rank_of, register
+from secateur.train.adapter_linear import AdapterLinear, adapted_linears
+from secateur.train.adapter_model import AdapterModel
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -37,13 +37,9 @@ from secateur.methods.adapters.s2ft_selection import (
     choose,
 )
 from secateur.models.layout import KINDS, Kind, Layout, Place, find_layout
-from secateur.train.adapter import (
-    AdapterConfig,
-    AdapterModel,
-    adapted_linears,
-    register,
-    without_adapters,
-)
+from secateur.train.adapter_config import AdapterConfig, register
+from secateur.train.adapter_linear import adapted_linears
+from secateur.train.adapter_model import AdapterModel, without_adapters
 from secateur.train.gated_product import keep_activations_, keep_gates_only_
 
 

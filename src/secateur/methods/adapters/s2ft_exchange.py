@@ -22,7 +22,8 @@ from secateur.methods.adapters.s2ft import S2ftConfig, S2ftModel
 from secateur.methods.adapters.s2ft_linear import S2ftLinear
 from secateur.methods.adapters.s2ft_selection import Units
 from secateur.models.publish import publish
-from secateur.train.adapter import BASE, check_finite
+from secateur.train.adapter_config import check_finite
+from secateur.train.adapter_linear import BASE
 
 
 def switch_(model: nn.Module, adapter: str, *, merge: bool = True) -> None:

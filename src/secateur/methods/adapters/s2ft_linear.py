@@ -19,7 +19,7 @@ from secateur.core.errors import NumericError
 from secateur.core.shards import is_sharded
 from secateur.methods.adapters.s2ft_merging import Merging, Ready, stamp_of, widest_element
 from secateur.methods.adapters.s2ft_product import Sliced, is_copied, with_slice
-from secateur.train.adapter import AdapterLinear, smallest_kept
+from secateur.train.adapter_linear import AdapterLinear, smallest_kept
 
 
 class S2ftLinear(AdapterLinear):

@@ -19,7 +19,7 @@ from secateur.core.errors import InputError, NumericError, RecipeError, did_you_
 from secateur.core.pattern import pruned_count
 from secateur.models.blocks import evaluating
 from secateur.models.layout import HEADS, KINDS, BlockLayout, Kind, Layout, Place, oriented
-from secateur.train.adapter import generator_of
+from secateur.train.adapter_linear import generator_of
 
 Strategy = Literal["random", "weight", "activation", "product", "gradient"]
 Order = Literal["largest", "smallest"]

@@ -19,17 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.core.errors import RecipeError
-from secateur.train.adapter import (
-    AdapterConfig,
-    AdapterLinear,
-    AdapterModel,
-    check_finite,
-    check_rank,
-    check_rate,
-    note_dense_base,
-    rank_of,
-    register,
-)
+from secateur.train.adapter_base import note_dense_base
+from secateur.train.adapter_config import AdapterConfig, check_finite, check_rank, check_rate, rank_of, register
+from secateur.train.adapter_linear import AdapterLinear
+from secateur.train.adapter_model import AdapterModel
 
 
 def spp_multiplier(row: Tensor, column: Tensor, scaling: float) -> Tensor:

@@ -1,15 +1,11 @@
-"""The bridge to PEFT: registration, the record of the base, merging to the last bit, in any training loop."""
+"""Adapters on whole models: what is targeted, and any training loop."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -17,127 +13,8 @@ from adapted import adapt, config_of, each_adapter, finish, one_layer, sparse_ll
 from conftest import TINY_TRAINED, random_ids
 from secateur.core.errors import InputError, RecipeError
 from secateur.methods.adapters.pst import PstSchedule
-from secateur.methods.adapters.spp import SppConfig, SppModel
-from secateur.train.adapter import (
-    AdapterConfig,
-    AdapterModel,
-    adapted_linears,
-    default_targets,
-    described,
-    generator_of,
-    method_name,
-    register,
-    without_adapters,
-)
-
-
-def test_registering_twice_is_harmless_and_a_taken_name_is_refused():
-    register(SppConfig, SppModel)
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["secateur_spp"] is SppConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["secateur_spp"] is SppModel
-    assert PEFT_TYPE_TO_PREFIX_MAPPING["secateur_spp"] == "secateur_spp_"
-
-    class Other(AdapterConfig):
-        method = "spp"
-
-    with pytest.raises(ValueError, match="PEFT knows another method called `secateur_spp`"):
-        register(Other, SppModel)
-
-    class Astray(AdapterModel):
-        prefix = "spp_"
-
-    with pytest.raises(ValueError, match="the prefix of `Astray` must be `secateur_spp_`"):
-        register(SppConfig, Astray)
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["secateur_spp"] is SppConfig
-
-
-def test_names_answer_as_pefts_enum_does():
-    name = method_name(SppConfig)
-    assert name == name.value == "secateur_spp"
-    assert {name: 1}["secateur_spp"] == 1
-
-
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_without_peft_the_error_names_the_extra_and_the_rest_works():
-    done = run("""
-import sys; sys.modules["peft"] = None
-import secateur
-assert "torch" not in sys.modules
-secateur.NM(2, 4)
-try:
-    from secateur import SppConfig
-except secateur.core.errors.InputError as error:
-    assert "`peft` is needed to train and load adapters" in str(error), error
-    assert error.hint == "pip install 'secateur[peft]'", error.hint
-else:
-    raise SystemExit("no error")
-""")
-    assert done.returncode == 0, done.stderr
-
-
-def test_naming_one_configuration_lets_peft_load_all():
-    done = run("""
-from secateur import SppConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
-assert {"secateur_spp", "secateur_masked", "secateur_pst"} <= set(known)
-""")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_kept_weight_that_would_round_to_zero_keeps_its_place_and_sign(dtype):
-    layer, _ = one_layer("spp", dtype=dtype, r=1, scaling=1.0)
-    weight = layer.base_layer.weight
-    with torch.no_grad():
-        weight.copy_(torch.where(weight == 0, 0.0, torch.randn(weight.shape).sign() * torch.finfo(dtype).tiny))
-        weight[0, 0] = -0.0
-        layer.secateur_spp_row["default"].fill_(1.0)
-        layer.secateur_spp_column["default"].fill_(-1.0)  # every weight times zero
-    merged = layer.merged_weight(["default"])
-    assert torch.equal(merged == 0, weight == 0)
-    assert torch.equal(torch.signbit(merged), torch.signbit(weight))
-    assert merged.abs().max() <= torch.finfo(dtype).tiny
-
-
-def test_merging_one_after_the_other_is_merging_both():
-    layer, _ = one_layer("spp", r=2)
-    layer.add_adapter("second", config_of("spp", r=1, init_weights=False))
-    together = layer.merged_weight(["default", "second"])
-    before = layer.base_layer.weight.clone()
-    layer.merge(adapter_names=["default"])
-    with pytest.warns(UserWarning, match="Already following adapters were merged"):
-        layer.merge(adapter_names=["second"])
-    assert torch.equal(layer.base_layer.weight, together)
-    layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, before)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        layer.unmerge()
-
-
-def test_the_record_of_a_weight_sees_zeros_exactly_and_values_by_samples():
-    weight = torch.randn(40, 300)
-    assert described(weight) == described(weight.clone())
-    assert described(weight).split()[:2] == ["40x300", "float32"]
-    assert described(weight.bfloat16()).split()[2:] == described(weight).split()[2:]
-    one_less = weight.clone()
-    one_less[17, 123] = 0.0
-    assert described(one_less).split()[2] != described(weight).split()[2]
-    assert described(weight * 1.1).split()[2] == described(weight).split()[2]
-    assert described(weight * 1.1).split()[3] != described(weight).split()[3]
-
-
-def test_the_start_does_not_depend_on_the_order_of_modules_or_the_global_seed():
-    state = torch.random.get_rng_state()
-    models = [adapt(sparse_llama(), config_of("spp", target_modules=names)) for names in (["up_proj"], None)]
-    assert torch.equal(torch.random.get_rng_state(), state)
-    first, second = ({layer.name: layer for layer in adapted_linears(model)} for model in models)
-    for name, layer in first.items():
-        assert torch.equal(layer.tensors("default")[0], second[name].tensors("default")[0])
-    assert generator_of(0, "a").initial_seed() != generator_of(0, "b").initial_seed()
-    assert generator_of(1, "a").initial_seed() != generator_of(0, "a").initial_seed()
+from secateur.train.adapter_linear import adapted_linears
+from secateur.train.adapter_model import default_targets, without_adapters
 
 
 def test_default_targets_are_the_same_with_adapters_and_without():
