@@ -62,14 +62,15 @@ Planning counts in the seconds of each row. The commands:
 
 FINETUNE = """## Fine-tuning a sparse model
 
-SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions (`completion_only=False`, packed,
-{steps} steps of {tokens} tokens) with about as many trained values for each adapter. *held out* is the loss of questions that
-nobody was trained on; perplexity is that of the first {windows} windows of the WikiText-2 test text, another domain;
-accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions each, so differences of a few
-points mean nothing. Merged and unmerged logits differ by at most {difference:.0e} of the largest. The command:
+SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions, packed, {tokens} tokens a step, with
+about as many trained values for each adapter. *learned* says whether the loss counts questions and answers or answers alone;
+*held out* is that loss of questions that nobody was trained on. Perplexity is that of the first {windows} windows of the
+WikiText-2 test text, another domain; accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions
+each, so differences of a few points mean nothing; rows that were measured on less text leave them out. Merged and unmerged
+logits differ by at most {difference:.0e} of the largest. The command, with `--completion-only` and `--set` where a row says so:
 
     python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ... \\
-        --steps 24 --windows 6 --documents 50 --learning-rate spp=8e-3 masked_lora=1e-3 lora=1e-3 s2ft=1e-3
+        --steps N --windows {windows} --documents {documents} --learning-rate spp=8e-3 masked_lora=1e-3 ... --rows ROW
 """
 
 RATIOS = """## Speed
@@ -212,11 +213,19 @@ def finetuning() -> str:
     def digits(value: float | None, places: int) -> str:
         return "" if value is None else f"{value:.{places}f}"
 
+    def called(line: dict[str, Any]) -> str:
+        """Return the row's name with what was changed of its adapter."""
+        words = ", ".join(f"{name} {value}" for name, value in (line.get("changed") or {}).items())
+        return f"{line['row']} ({words})" if words else str(line["row"])
+
     rows = [
         [
             line["model"],
-            line["row"],
+            called(line),
             f"{line['trainable']:,}" if line.get("trainable") else "",
+            "" if not line.get("trainable") else str(line["steps"]),
+            "" if line.get("learning_rate") is None else f"{line['learning_rate']:g}",
+            "" if not line.get("trainable") else "answers" if line.get("completion_only") else "all",
             f"{line['sparsity']:.4f}",
             digits(line.get("held_out_before"), 3),
             digits(line.get("held_out_after"), 3),
@@ -225,16 +234,15 @@ def finetuning() -> str:
         ]
         for line in lines
     ]
-    head = ["model", "row", "trained", "sparsity", "held out before", "after", "perplexity", "accuracy"]
+    head = ["model", "row", "trained", "steps", "rate", "learned", "sparsity", "held out before", "after"]
     first = lines[0]
     words = FINETUNE.format(
-        steps=first["steps"],
         tokens=first["tokens_per_step"],
         windows=first["windows"],
         documents=first["documents"],
         difference=max(line.get("logits_difference") or 0.0 for line in lines),
     )
-    return words + "\n" + table(head, rows)
+    return words + "\n" + table([*head, "perplexity", "accuracy"], rows)
 
 
 def ratios() -> str:
