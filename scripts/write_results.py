@@ -67,7 +67,8 @@ about as many trained values for each adapter. *learned* says whether the loss c
 *held out* is that loss of questions that nobody was trained on. Perplexity is that of the first {windows} windows of the
 WikiText-2 test text, another domain; accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions
 each, so differences of a few points mean nothing; rows that were measured on less text leave them out. Merged and unmerged
-logits differ by at most {difference:.0e} of the largest. The command, with `--completion-only` and `--set` where a row says so:
+logits differ by at most {difference:.0e} of the largest, for adapters of ours by {ours:.0e}. The command, with
+`--completion-only` and `--set` where a row says so:
 
     python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ... \\
         --steps N --windows {windows} --documents {documents} --learning-rate spp=8e-3 masked_lora=1e-3 ... --rows ROW
@@ -76,7 +77,8 @@ logits differ by at most {difference:.0e} of the largest. The command, with `--c
 RATIOS = """## Speed
 
 `ratio` is the CPU time of a plain re-implementation of the published algorithm over ours, measured side by side on one thread,
-same inputs (`benchmarks/bench_*.py`); `spread` is the half-range of the ratio as a fraction.
+same inputs (`benchmarks/bench_*.py`); `spread` is the half-range of the ratio as a fraction. `kept` is what waits in memory
+for backward, our bytes over theirs, where something is trained.
 """
 
 
@@ -241,6 +243,7 @@ def finetuning() -> str:
         windows=first["windows"],
         documents=first["documents"],
         difference=max(line.get("logits_difference") or 0.0 for line in lines),
+        ours=max(line.get("logits_difference") or 0.0 for line in lines if not line["row"].startswith("lora")),
     )
     return words + "\n" + table([*head, "perplexity", "accuracy"], rows)
 
@@ -248,6 +251,12 @@ def finetuning() -> str:
 def ratios() -> str:
     """Return the section on speed."""
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in read(path.name)]
+
+    def kept(line: dict[str, Any]) -> float | None:
+        """Return the ratio of the bytes that are kept for backward, if it was measured."""
+        found: float | None = line.get("bytes_ratio", (line.get("quality") or {}).get("saved_ratio"))
+        return found
+
     rows = [
         [
             line["job"],
@@ -257,11 +266,12 @@ def ratios() -> str:
             f"{line['ratio']:.2f}",
             "" if line.get("spread") is None else f"{line['spread']:.2f}",
             "" if line.get("gate") is None else f"{line['gate']:g}",
+            "" if kept(line) is None else f"{kept(line):.2f}",
         ]
         for line in lines
         if "ratio" in line and "ours_ms" in line
     ]
-    return RATIOS + "\n" + table(["job", "case", "published, ms", "ours, ms", "ratio", "spread", "aim"], rows)
+    return RATIOS + "\n" + table(["job", "case", "published, ms", "ours, ms", "ratio", "spread", "aim", "kept"], rows)
 
 
 def memory() -> str:
