@@ -43,7 +43,7 @@ COMPARISON = """## One table of all pruners
 the rows differ by their solver alone. They are worse than those above, where each linear sees what was pruned before it.
 Model and calibration are the same, evaluation is on the first 10 windows. The command:
 
-    secateur compare MODEL --methods magnitude,wanda,dsnot,sparsegpt,alps,mrp,sds,fistapruner,scope --pattern 70% --pattern 2:4 \\
+    secateur compare MODEL --methods all --pattern 70% --pattern 2:4 \\
         --statistics shared --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 10
 """
 

@@ -212,7 +212,7 @@ BatchTokens = Annotated[
 
 Methods = Annotated[
     list[str] | None,
-    _option("--methods", help="Pruners, repeated or joined by commas.", panel=_METHOD, metavar="NAMES"),
+    _option("--methods", help="Pruners, repeated or joined by commas, or all.", panel=_METHOD, metavar="NAMES"),
 ]
 Patterns = Annotated[
     list[str] | None,

@@ -20,8 +20,9 @@ from secateur.core import faults
 from secateur.core.errors import InputError, PatternError, RecipeError, StateError
 from secateur.engine.statistics import LayerStats
 from secateur.methods.planners.owl import OWL
+from secateur.methods.registry import REGISTRY
 from secateur.recipe.compare import compare
-from secateur.recipe.comparison import Comparison
+from secateur.recipe.comparison import Comparison, spelled_out
 
 TEXT = "builtin:tiny-evaluation"
 CALIBRATION = {"calibration": "builtin:tiny-calibration", "samples": 4, "length": 32}
@@ -432,3 +433,19 @@ def test_rows_that_are_planned_alike_share_one_plan_and_each_counts_its_time(sta
     assert made == ["layer"]
     assert all(row["seconds"] > 0.5 for row in rows)
     assert not list((tmp_path / "table").glob("state"))
+
+
+def test_all_stands_for_every_pruner_that_is_not_named_beside_it():
+    shelf = [entry.name for entry in REGISTRY if entry.kind == "pruner"]
+    assert spelled_out("all") == spelled_out(["all"]) == shelf
+    assert spelled_out(["wanda", "sparsegpt"]) == ["wanda", "sparsegpt"]
+    damped = {"name": "sparsegpt", "damping": 0.1}
+    without = [name for name in shelf if name not in ("sparsegpt", "alps")]
+    assert spelled_out([damped, "all", "alps"]) == [damped, *without, "alps"]
+    asked = Comparison.from_dict(
+        {"model": "m", "methods": ["all"], "perplexity": ["t"]}, settings=["alps.iterations=7"]
+    )
+    assert {"name": "alps", "iterations": 7} in asked.methods
+    assert len(asked.methods) == len(shelf)
+    with pytest.raises(RecipeError, match="alll"):
+        Comparison.from_dict({"model": "m", "methods": ["alll"], "perplexity": ["t"]})

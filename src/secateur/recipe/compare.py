@@ -45,7 +45,7 @@ from secateur.recipe.build import build_method, describe
 from secateur.recipe.compare_folder import CompareFolder, refuse_foreign
 from secateur.recipe.compare_page import render
 from secateur.recipe.compare_table import to_csv, to_markdown
-from secateur.recipe.comparison import NO_TUNER, UNIFORM, Row, Statistics, rows
+from secateur.recipe.comparison import NO_TUNER, UNIFORM, Row, Statistics, rows, spelled_out
 from secateur.recipe.job import Job
 from secateur.recipe.report import finite, write_text
 
@@ -106,7 +106,8 @@ def compare(
     Args:
         model: what `load` takes, or a live `transformers` causal language model, which is not changed.
         tokenizer: of a live model.
-        methods: pruners: names, mappings with a `name`, or objects; one or several.
+        methods: pruners: names, mappings with a `name`, or objects; one or several; `all` is every one of the shelf that
+            is not named beside it.
         pattern: one or several, see `prune`.
         tuner: block tuners; `none` or None tunes nothing.
         plan: planners that give each linear a pattern of its own; `uniform` or None gives all of them the same.
@@ -143,7 +144,7 @@ def compare(
         raise RecipeError(
             "`perplexity` is missing: a comparison measures its rows", hint="name a text with --perplexity"
         )
-    pruners = [build_method(spec, "pruner", where="methods") for spec in _several(methods)]
+    pruners = [build_method(spec, "pruner", where="methods") for spec in spelled_out(methods)]
     tuners = [_built(spec, NO_TUNER, "block tuner", "tuner") for spec in _several(tuner)]
     planners = [_built(spec, UNIFORM, "planner", "plan") for spec in _several(plan)]
     patterns = [str(parse_pattern(text)) for text in _several(pattern)]

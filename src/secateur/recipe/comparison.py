@@ -12,6 +12,7 @@ from pydantic import ValidationError as PydanticError
 
 from secateur.core.errors import RecipeError, did_you_mean
 from secateur.core.registry import Kind
+from secateur.methods.registry import REGISTRY
 from secateur.recipe.build import build_method, describe
 from secateur.recipe.complaints import Complaint, collect, complain
 from secateur.recipe.fields import (
@@ -44,6 +45,7 @@ Statistics = Literal["own", "shared"]
 NO_TUNER = "none"
 UNIFORM = "uniform"
 DENSE = "dense"
+ALL = "all"
 
 
 def _unless(word: str) -> BeforeValidator:
@@ -106,7 +108,8 @@ class Comparison(Calibrated):
         """
         positions = Positions("")
         try:
-            asked = cls.model_validate(_set(data, list(settings)))
+            named = {**data, "methods": spelled_out(data["methods"])} if "methods" in data else data
+            asked = cls.model_validate(_set(named, list(settings)))
         except PydanticError as error:
             items = error.errors(include_url=False)
             raise collect(complain(item, positions, cls.model_fields, SYNONYMS) for item in items) from None
@@ -172,6 +175,32 @@ class Row:
         found = {"method": self.method, "plan": self.plan, "tuner": self.tuner}
         plain: dict[str, Any] = {name: None if made is None else describe(made) for name, made in found.items()}
         return {**plain, "pattern": self.pattern}
+
+
+def spelled_out(methods: Any) -> list[Any]:
+    """Return a list of methods in which `all` stands for every pruner of the shelf that is not named beside it."""
+    given = list(methods) if isinstance(methods, list | tuple) else [methods]
+    if not any(map(_is_all, given)):
+        return given
+    named = {_name(method) for method in given}
+    others = [entry.name for entry in REGISTRY if entry.kind == "pruner" and entry.name not in named]
+    place = next(index for index, method in enumerate(given) if _is_all(method))
+    rest = [method for method in given[place:] if not _is_all(method)]
+    return [*given[:place], *others, *rest]
+
+
+def _is_all(method: Any) -> bool:
+    return isinstance(method, str) and method == ALL
+
+
+def _name(method: Any) -> str | None:
+    """Return the name on the shelf of a method given as a name, a mapping or an object."""
+    if isinstance(method, str):
+        return method
+    if isinstance(method, Mapping):
+        return method.get("name")
+    entry = REGISTRY.entry_of(method)
+    return None if entry is None else entry.name
 
 
 def rows(methods: Sequence[Any], plans: Sequence[Any], tuners: Sequence[Any], patterns: Sequence[str]) -> list[Row]:
