@@ -276,10 +276,8 @@ def _compare(found: Mapping[str, Any]) -> list[str]:
 def _suggest(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for choice in found["choices"]:
-        words = choice["method"] + (" with refit" if choice["refit"] else "")
-        words += f" and {choice['tuner']}" if choice["tuner"] else ""
         seconds = "-" if choice["seconds"] is None else duration(choice["seconds"])
-        rows.append((words, f"{choice['samples']} x {choice['length']}", seconds, choice["why"] or "fits"))
+        rows.append((choice["label"], f"{choice['samples']} x {choice['length']}", seconds, choice["why"] or "fits"))
     lines = columns(("option, best first", "calibration", "expected", "verdict"), rows, numeric=(1, 2))
     lines += ["", printable_lines(found["yaml"])]
     if found.get("output"):

@@ -46,7 +46,7 @@ class Choice:
         """Return the choice as plain data."""
         option = dataclasses.asdict(self.option)
         rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "option"}
-        return {**option, **rest}
+        return {"label": self.option.label, **option, **rest}
 
 
 def calibrations(tokens: int, positions: int | None) -> list[tuple[int, int]]:
