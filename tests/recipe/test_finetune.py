@@ -250,6 +250,9 @@ def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
         ({"optimizer": "adamw"}, RecipeError, "`optimizer` is `adamw`"),
         ({"optimizer": "adamw_8bit"}, InputError, "`adamw_8bit` cannot be used"),
         ({"seed": 2**32}, RecipeError, "`seed` is 4294967296"),
+        ({"steps": 0}, RecipeError, "`steps` is 0"),
+        ({"steps": None, "epochs": 0.0}, RecipeError, "`epochs` is 0.0"),
+        ({"max_minutes": float("nan")}, RecipeError, "`max_minutes` is nan"),
         (
             {"evaluation": [{"instruction": "a " * 400, "response": "b"}], "completion_only": True},
             InputError,

@@ -60,6 +60,8 @@ class Job:
         minutes = options.get("max_minutes")
         if minutes is not None and options.get("output") is None and options.get("state") is None:
             raise RecipeError("`max_minutes` needs an `output`, where the unfinished run can wait")
+        if minutes is not None and not minutes >= 0:
+            raise RecipeError(f"`max_minutes` is {minutes}, but must be a number of 0 or more")
         if options.get("output") is not None and options.get("state") is not None:
             raise RecipeError("`state` is for runs without an `output`, beside which the state lies otherwise")
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
