@@ -30,6 +30,7 @@ from secateur.models.linears import find_all_linears, match
 
 TOKENS = 2048  # tokens of one batch of a backward pass through the whole model; one sequence at least
 FORMAT = 2
+REMAKE = "delete its `plan.json`, and the plan is made again"
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,8 @@ def save_plan(plan: Plan, folder: Path) -> None:
             with _temporary(tensors).open("rb+") as file:
                 os.fsync(file.fileno())
             _temporary(tensors).rename(tensors)
+        else:
+            tensors.unlink(missing_ok=True)  # of a plan that was deleted
         with _temporary(words).open("w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
@@ -311,11 +314,16 @@ def load_plan(folder: Path) -> Plan | None:
         content = json.loads(words.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _damaged(words) from error
     masks: Masks | None = None
     weights: dict[str, Tensor] = {}
     try:
+        if content["format"] != FORMAT:
+            raise StateError(
+                f"the stored plan `{words}` is of format {content['format']}, this version reads {FORMAT}",
+                hint=REMAKE,
+            )
         patterns = {name: _pattern_from(stored) for name, stored in content["patterns"].items()}
         if tensors.exists():
             packed: dict[str, Tensor] = {}
@@ -335,7 +343,7 @@ def load_plan(folder: Path) -> Plan | None:
             notes=tuple(content["notes"]),
             seconds=float(content["seconds"]),
         )
-    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, PatternError, SafetensorError) as error:
         raise _damaged(words) from error
 
 
@@ -353,4 +361,4 @@ def _temporary(path: Path) -> Path:
 
 
 def _damaged(path: Path) -> StateError:
-    return StateError(f"the stored plan `{path}` is damaged", hint="start again with --overwrite")
+    return StateError(f"the stored plan `{path}` is damaged", hint=REMAKE)

@@ -112,7 +112,7 @@ class Job:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return {"spec": self.spec, "fingerprint": digest.hexdigest()}
 
     def config(self) -> Any:
@@ -263,6 +263,7 @@ class Job:
         budget = planning.budget(sweep, self.model)
         decides = {
             "model": self.identity(),
+            "dtype": str(next(self.model.parameters()).dtype),
             "calibration": {"digest": data.digest, "samples": data.samples, "length": data.length},
             "planner": describe(planning.planner),
             "pattern": str(budget.pattern),

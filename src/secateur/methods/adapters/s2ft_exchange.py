@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, NumericError, RecipeError, did_you_mean
+from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.methods.adapters.s2ft import S2ftConfig, S2ftModel
 from secateur.methods.adapters.s2ft_linear import S2ftLinear
 from secateur.methods.adapters.s2ft_selection import Units
