@@ -26,6 +26,7 @@ from secateur.core.progress import Progress, Silent
 from secateur.engine.budget import divides_model
 from secateur.engine.journal import generator_for
 from secateur.engine.sweep import Sweep
+from secateur.models.blocks import evaluating
 from secateur.models.linears import find_all_linears, match
 
 TOKENS = 2048  # tokens of one batch of a backward pass through the whole model; one sequence at least
@@ -93,29 +94,26 @@ class Planning:
             return stored
         show = progress or Silent()
         started = time.perf_counter()
-        training = [module for module in model.modules() if module.training]
         home = next(model.parameters()).device
         moved = self.planner.backward and home != sweep.device
         try:
-            model.eval()
             if moved:
                 model.to(sweep.device)
-            plan = self.planner.plan(
-                PlanTask(
-                    model=model,
-                    budget=budget,
-                    batches=cut(ids, keep, sweep.batch_tokens),
-                    problems=lambda statistics: self._problems(sweep, model, ids, keep, statistics, show),
-                    freeze_zeros=sweep.freeze_zeros,
-                    generator=generator_for(sweep.seed, 0, "plan"),
-                    progress=show,
+            with evaluating(model):
+                plan = self.planner.plan(
+                    PlanTask(
+                        model=model,
+                        budget=budget,
+                        batches=cut(ids, keep, sweep.batch_tokens),
+                        problems=lambda statistics: self._problems(sweep, model, ids, keep, statistics, show),
+                        freeze_zeros=sweep.freeze_zeros,
+                        generator=generator_for(sweep.seed, 0, "plan"),
+                        progress=show,
+                    )
                 )
-            )
         finally:
             if moved:
                 model.to(home)
-            for module in training:
-                module.training = True
         check_plan(plan, budget)
         plan = replace(plan, seconds=time.perf_counter() - started)
         if folder is not None:
