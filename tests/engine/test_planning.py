@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -149,6 +150,36 @@ def test_a_damaged_plan_is_named(text, tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(StateError, match="damaged"):
         load_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 1}, "of format 1"),
+        ({"patterns": {"a": ["x"]}}, "damaged"),
+        ({"patterns": {"a": [2.0, "row"]}}, "damaged"),
+        ({"patterns": {"a": [0.5, "column"]}}, "damaged"),
+    ],
+)
+def test_what_no_plan_of_this_version_says_is_refused(changes, said, tmp_path):
+    save_plan(Plan({"a": HALF}), tmp_path)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(StateError, match=said) as caught:
+        load_plan(tmp_path)
+    assert "plan.json" in caught.value.hint
+
+
+def test_a_plan_that_is_a_folder_is_damaged_and_a_deleted_one_leaves_no_tensors(tmp_path):
+    save_plan(Plan({"a": HALF}, weights={"a": torch.ones(2, 2)}), tmp_path)
+    (tmp_path / "plan.json").unlink()
+    assert load_plan(tmp_path) is None
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(StateError, match="damaged"):
+        load_plan(tmp_path)
+    (tmp_path / "plan.json").rmdir()
+    save_plan(Plan({"a": HALF}), tmp_path)
+    assert not load_plan(tmp_path).weights
 
 
 def test_a_plan_whose_tensors_are_gone_is_damaged(tmp_path):

@@ -3,8 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from secateur.core.errors import RecipeError
+import secateur
+from secateur.core.contracts import Plan
+from secateur.core.errors import RecipeError, StateError
+from secateur.core.pattern import Unstructured
 from secateur.methods.registry import REGISTRY
 from secateur.recipe.build import build_method, describe, fields_of
 
@@ -69,3 +73,62 @@ def test_an_object_of_another_kind_is_refused():
 def test_a_method_that_is_not_on_the_shelf_works_and_is_described_by_its_class(pruner):
     assert build_method(pruner, "pruner") is pruner
     assert describe(pruner)["name"].endswith("GramScaled")
+
+
+class Own:
+    """A planner of somebody's own, which is no dataclass."""
+
+    copies, backward = 0, False
+
+    def __init__(self, **state):
+        vars(self).update(state)
+
+    def plan(self, task):
+        """Give every second linear a little less."""
+        names = [linear.name for linear in task.budget.linears]
+        return Plan({name: Unstructured(self.low if place % 2 else 0.5) for place, name in enumerate(names)})
+
+
+def test_methods_of_ones_own_are_told_apart_by_what_they_hold():
+    long = torch.zeros(5000)
+    other = long.clone()
+    other[2500] = 1e-3
+    half, alike = long.bfloat16(), long.to(torch.float16)
+    module = torch.nn.Linear(2, 2)
+    states = [0.1, 0.3, None, [long], [other], {"a": half}, {"a": alike}, long.numpy(), other.numpy(), module]
+    words = [describe(Own(state=state)) for state in states]
+    assert all(one != two for place, one in enumerate(words) for two in words[:place])
+    before = describe(Own(state=module))
+    with torch.no_grad():
+        module.weight[0, 0] += 1.0
+    assert describe(Own(state=module)) != before
+    assert describe(Own(state=[other.clone()])) == words[4]
+    assert json.loads(json.dumps(words)) == words
+
+
+def test_a_method_that_lacks_what_is_read_of_it_is_refused_by_name():
+    class Bare:
+        def plan(self, task):
+            """Say nothing of memory."""
+
+    with pytest.raises(RecipeError, match="`plan` is a Bare without `copies`") as caught:
+        build_method(Bare(), "planner", where="plan")
+    assert "`backward`" in caught.value.hint
+
+
+@pytest.mark.parametrize("statistics", ["own", "shared"])
+def test_two_planners_of_ones_own_do_not_share_a_plan(statistics, trained_folder, tmp_path):
+    settings = {"methods": "magnitude", "calibration": "builtin:tiny", "samples": 2, "length": 16, "window": 16}
+    settings |= {"perplexity": "builtin:tiny", "limit": 1, "statistics": statistics, "output": tmp_path / "table"}
+    both = secateur.compare(str(trained_folder), plan=[Own(low=0.1), Own(low=0.4)], **settings)["rows"]
+    assert [row["error"] for row in both] == [None] * 3
+    assert both[1]["sparsity"] < both[2]["sparsity"]
+    with pytest.raises(StateError):
+        secateur.compare(str(trained_folder), plan=[Own(low=0.1), Own(low=0.2)], resume=True, **settings)
+
+
+def test_plans_are_not_shared_between_dtypes(trained_folder, tmp_path):
+    settings = {"method": "magnitude", "calibration": "builtin:tiny", "samples": 2, "length": 16}
+    for dtype in ("float32", "bfloat16", "float32"):
+        secateur.prune(str(trained_folder), plan=Own(low=0.1), plans=tmp_path, dtype=dtype, **settings)
+    assert len(list(tmp_path.iterdir())) == 2

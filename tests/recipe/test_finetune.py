@@ -227,6 +227,14 @@ def test_time_that_is_over_ends_the_run_with_a_checkpoint_to_go_on_from(sparse, 
     assert "nothing was done" in again["warnings"][-1]
 
 
+def test_a_run_that_goes_on_is_logged_as_often_as_is_asked_for_now(sparse, tmp_path):
+    settings = SHORT | {"output": tmp_path / "out", "adapter": ADAPTERS["s2ft"], "steps": 5}
+    with pytest.raises(TimeLimitReached, match="after 1 steps"):
+        secateur.finetune(sparse, max_minutes=0, **settings)
+    report = secateur.finetune(sparse, resume=True, **settings | {"log_every": 2}).report
+    assert [line["step"] for line in report["losses"]] == [1, 2, 4]
+
+
 def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
     settings = SHORT | {"output": tmp_path / "out", "adapter": ADAPTERS["spp"]}
     with pytest.raises(TimeLimitReached):
@@ -250,6 +258,9 @@ def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
         ({"optimizer": "adamw"}, RecipeError, "`optimizer` is `adamw`"),
         ({"optimizer": "adamw_8bit"}, InputError, "`adamw_8bit` cannot be used"),
         ({"seed": 2**32}, RecipeError, "`seed` is 4294967296"),
+        ({"steps": 0}, RecipeError, "`steps` is 0"),
+        ({"steps": None, "epochs": 0.0}, RecipeError, "`epochs` is 0.0"),
+        ({"max_minutes": float("nan")}, RecipeError, "`max_minutes` is nan"),
         (
             {"evaluation": [{"instruction": "a " * 400, "response": "b"}], "completion_only": True},
             InputError,

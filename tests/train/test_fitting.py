@@ -72,11 +72,16 @@ def test_a_template_that_trims_what_is_said_is_none_that_ignores_it(words):
 @given(sizes=ROWS, length=st.integers(1, 8))
 def test_no_row_and_no_token_is_lost_without_being_counted(sizes, length):
     rows, found = fit(datasets.Dataset.from_dict(tokens(sizes)), length)
-    learns = [ask + answer for ask, answer in sizes if answer and ask < length]
+    learns = [ask + answer for ask, answer in sizes if max(ask, 1) < min(ask + answer, length)]
     assert len(rows) == found.kept == len(learns)
     assert found.dropped == len(sizes) - len(learns)
     assert found.cut == sum(total > length for total in learns)
     assert found.cut_tokens == sum(max(total - length, 0) for total in learns)
+
+
+def test_a_text_of_one_token_has_nothing_to_learn():
+    rows, found = fit(datasets.Dataset.from_dict(tokens([(0, 1), (0, 2)])), 8)
+    assert (len(rows), found.dropped) == (1, 1)
 
 
 @given(sizes=ROWS, length=st.integers(1, 8))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 from secateur.train.gated_product import GatedProduct, keep_activations_, keep_gates_only_
@@ -124,6 +125,75 @@ def test_without_gradients_nothing_happens():
     in_place.act = nn.SiLU(inplace=True)
     assert keep_gates_only_([in_place]) == 1
     assert type(in_place.act(torch.ones(3, requires_grad=True) * 1.0)) is torch.Tensor
+
+
+@pytest.mark.parametrize("where", ["before", "after", "everywhere"])
+def test_an_output_that_a_hook_has_changed_has_its_own_gradient(where):
+    plain = Mlp()
+    gated = copy.deepcopy(plain)
+    handles = []
+
+    def tripled(module, inputs, output):
+        return 3.0 * output if type(module) is type(plain.act) else output
+
+    if where == "after":
+        keep_gates_only_([gated])
+    if where == "everywhere":
+        handles.append(nn.modules.module.register_module_forward_hook(tripled))
+    else:
+        plain.act.register_forward_hook(tripled)
+        gated.act.register_forward_hook(tripled)
+    keep_gates_only_([gated])
+    try:
+        expected, found = run(plain)[0], run(gated)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not torch.equal(expected[0], run(Mlp())[0][0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_gradient_of_an_activation_is_there_for_who_asks():
+    gradients = {}
+
+    def by_retaining(activated, up):
+        activated.retain_grad()
+        gradients["retained"] = activated
+        return activated * up
+
+    def by_hook(activated, up):
+        activated.register_hook(lambda gradient: gradients.update(heard=gradient))
+        return activated * up
+
+    for way in (by_retaining, by_hook):
+        mlp = Mlp(way=way)
+        keep_gates_only_([mlp])
+        mlp(torch.ones(2, 6)).sum().backward()
+    mlp = Mlp()
+    keep_gates_only_([mlp])
+    mlp.act.register_forward_hook(lambda module, inputs, output: gradients.update(listened=output))
+    loss = mlp(torch.ones(2, 6)).sum()
+    (asked,) = torch.autograd.grad(loss, gradients["listened"])
+    assert torch.equal(gradients["retained"].grad, asked)
+    assert torch.equal(gradients["heard"], asked)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own forward mode calls it
+def test_transforms_of_functions_work_as_before():
+    mlp = Mlp()
+    keep_gates_only_([mlp])
+    gate, up = torch.linspace(-2, 2, 6).reshape(2, 3).requires_grad_(), torch.ones(2, 3)
+    (expected,) = torch.autograd.grad((nn.functional.silu(gate) * up).sum(), gate)
+
+    def total(gate, up):
+        return (mlp.act(gate) * up).sum()
+
+    assert torch.allclose(torch.func.grad(total)(gate, up), expected)
+    assert torch.allclose(torch.func.vmap(torch.func.grad(total))(gate, up), expected)
+    assert torch.allclose(torch.func.jacfwd(total)(gate, up), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(gate, torch.ones_like(gate))
+        assert torch.allclose(forward_ad.unpack_dual(total(dual, up)).tangent, expected.sum())
 
 
 def test_modules_that_are_no_activations_are_left_alone():

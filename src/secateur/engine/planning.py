@@ -26,10 +26,12 @@ from secateur.core.progress import Progress, Silent
 from secateur.engine.budget import divides_model
 from secateur.engine.journal import generator_for
 from secateur.engine.sweep import Sweep
+from secateur.models.blocks import evaluating
 from secateur.models.linears import find_all_linears, match
 
 TOKENS = 2048  # tokens of one batch of a backward pass through the whole model; one sequence at least
 FORMAT = 2
+REMAKE = "delete its `plan.json`, and the plan is made again"
 
 
 @dataclass(frozen=True)
@@ -92,29 +94,26 @@ class Planning:
             return stored
         show = progress or Silent()
         started = time.perf_counter()
-        training = [module for module in model.modules() if module.training]
         home = next(model.parameters()).device
         moved = self.planner.backward and home != sweep.device
         try:
-            model.eval()
             if moved:
                 model.to(sweep.device)
-            plan = self.planner.plan(
-                PlanTask(
-                    model=model,
-                    budget=budget,
-                    batches=cut(ids, keep, sweep.batch_tokens),
-                    problems=lambda statistics: self._problems(sweep, model, ids, keep, statistics, show),
-                    freeze_zeros=sweep.freeze_zeros,
-                    generator=generator_for(sweep.seed, 0, "plan"),
-                    progress=show,
+            with evaluating(model):
+                plan = self.planner.plan(
+                    PlanTask(
+                        model=model,
+                        budget=budget,
+                        batches=cut(ids, keep, sweep.batch_tokens),
+                        problems=lambda statistics: self._problems(sweep, model, ids, keep, statistics, show),
+                        freeze_zeros=sweep.freeze_zeros,
+                        generator=generator_for(sweep.seed, 0, "plan"),
+                        progress=show,
+                    )
                 )
-            )
         finally:
             if moved:
                 model.to(home)
-            for module in training:
-                module.training = True
         check_plan(plan, budget)
         plan = replace(plan, seconds=time.perf_counter() - started)
         if folder is not None:
@@ -290,6 +289,8 @@ def save_plan(plan: Plan, folder: Path) -> None:
             with _temporary(tensors).open("rb+") as file:
                 os.fsync(file.fileno())
             _temporary(tensors).rename(tensors)
+        else:
+            tensors.unlink(missing_ok=True)  # of a plan that was deleted
         with _temporary(words).open("w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
@@ -311,11 +312,16 @@ def load_plan(folder: Path) -> Plan | None:
         content = json.loads(words.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _damaged(words) from error
     masks: Masks | None = None
     weights: dict[str, Tensor] = {}
     try:
+        if content["format"] != FORMAT:
+            raise StateError(
+                f"the stored plan `{words}` is of format {content['format']}, this version reads {FORMAT}",
+                hint=REMAKE,
+            )
         patterns = {name: _pattern_from(stored) for name, stored in content["patterns"].items()}
         if tensors.exists():
             packed: dict[str, Tensor] = {}
@@ -335,7 +341,7 @@ def load_plan(folder: Path) -> Plan | None:
             notes=tuple(content["notes"]),
             seconds=float(content["seconds"]),
         )
-    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, PatternError, SafetensorError) as error:
         raise _damaged(words) from error
 
 
@@ -353,4 +359,4 @@ def _temporary(path: Path) -> Path:
 
 
 def _damaged(path: Path) -> StateError:
-    return StateError(f"the stored plan `{path}` is damaged", hint="start again with --overwrite")
+    return StateError(f"the stored plan `{path}` is damaged", hint=REMAKE)

@@ -6,6 +6,7 @@ Importing this module imports no method; building one imports its file, and torc
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -53,11 +54,17 @@ def build_method(spec: Any, kind: Kind, *, where: str = "method") -> Any:
     entry = REGISTRY.entry_of(spec)
     if entry is not None and entry.kind != kind:
         raise RecipeError(f"`{where}` is `{entry.name}`, a {entry.kind}, where a {kind} is needed")
-    verb = _VERBS.get(kind)
+    verb, told = _VERBS.get(kind), _TOLD.get(kind, ())
     if spec is None or (verb and not callable(getattr(spec, verb, None))):
         raise RecipeError(
             f"`{where}` should be a {kind}, got {type(spec).__name__}",
             hint=f"give a name, a mapping with a `name`, or an object that has `{verb}`",
+        )
+    missing = next((name for name in told if not hasattr(spec, name)), None)
+    if missing is not None:
+        raise RecipeError(
+            f"`{where}` is a {type(spec).__name__} without `{missing}`, which a {kind} needs",
+            hint=f"give the class {' and '.join(f'`{name}`' for name in told)}, see `secateur.core.contracts`",
         )
     return spec
 
@@ -65,13 +72,15 @@ def build_method(spec: Any, kind: Kind, *, where: str = "method") -> Any:
 def describe(method: Any) -> dict[str, Any]:
     """Return `method` as plain data that `build_method` takes: its name and every field.
 
-    A method that is not on the shelf is described by its class, for reports.
+    A method that is not on the shelf is described by its class and what it holds, so that two that differ are told apart.
     """
     entry = REGISTRY.entry_of(method)
     name = entry.name if entry else f"{type(method).__module__}.{type(method).__qualname__}"
     if entry is not None and entry.kind == "adapter":
         return {"name": name, **{field: _plain(getattr(method, field)) for field in fields_of(entry)}}
-    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    if not dataclasses.is_dataclass(method):
+        return {"name": name, **{field: _plain(value) for field, value in getattr(method, "__dict__", {}).items()}}
+    fields = dataclasses.fields(method)
     return {"name": name, **{field.name: _plain(getattr(method, field.name)) for field in fields if field.init}}
 
 
@@ -91,6 +100,11 @@ def fields_of(entry: Entry) -> dict[str, Any]:
 
 
 _VERBS: dict[str, str] = {"pruner": "prune", "block tuner": "tune", "planner": "plan"}
+_TOLD: dict[str, tuple[str, ...]] = {  # what is read of a method beside its verb
+    "pruner": ("needs", "scope"),
+    "block tuner": ("dense_path",),
+    "planner": ("copies", "backward"),
+}
 _CONTRACTS: dict[str, Kind] = {"Pruner": "pruner", "BlockTuner": "block tuner", "Planner": "planner"}
 
 
@@ -156,4 +170,23 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
     if REGISTRY.entry_of(value) is not None:
         return describe(value)
+    if hasattr(value, "detach") or hasattr(value, "state_dict") or hasattr(value, "tobytes"):
+        return _digest(value)
     return str(value)
+
+
+def _digest(value: Any) -> str:
+    """Return what tells a tensor, an array or a module from any other, of which `str` shows a part."""
+    if hasattr(value, "state_dict"):
+        parts = [
+            f"{name} {_digest(part)}" if hasattr(part, "detach") else name for name, part in value.state_dict().items()
+        ]
+        content, words = "\n".join(parts).encode(), str(value)
+    elif hasattr(value, "detach"):
+        import torch
+
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        content, words = plain.view(torch.uint8).numpy().tobytes(), f"{value.dtype} {tuple(value.shape)}"
+    else:
+        content, words = value.tobytes(), f"{value.dtype} {tuple(value.shape)}"
+    return f"{words} sha256:{hashlib.sha256(content).hexdigest()}"

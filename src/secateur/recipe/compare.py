@@ -47,11 +47,13 @@ from secateur.recipe.compare_page import render
 from secateur.recipe.compare_table import to_csv, to_markdown
 from secateur.recipe.comparison import NO_TUNER, UNIFORM, Row, Statistics, rows, spelled_out
 from secateur.recipe.job import Job
+from secateur.recipe.opening import modes_back
 from secateur.recipe.report import finite, write_text
 
 Methods = str | Mapping[str, Any] | object
 
 
+@modes_back()
 def compare(
     model: str | Path | nn.Module,
     tokenizer: Any = None,

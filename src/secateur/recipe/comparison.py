@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +173,14 @@ class Row:
         return ", ".join(words)
 
     def settings(self) -> dict[str, Any]:
-        """Return what is done, every hyper-parameter written out, as plain data."""
+        """Return what is done, every hyper-parameter written out, as plain data.
+
+        It is that of the first time, also where a method of the user's own changes itself while it works.
+        """
+        return copy.deepcopy(self._described)
+
+    @functools.cached_property
+    def _described(self) -> dict[str, Any]:
         found = {"method": self.method, "plan": self.plan, "tuner": self.tuner}
         plain: dict[str, Any] = {name: None if made is None else describe(made) for name, made in found.items()}
         return {**plain, "pattern": self.pattern}

@@ -60,6 +60,8 @@ class Job:
         minutes = options.get("max_minutes")
         if minutes is not None and options.get("output") is None and options.get("state") is None:
             raise RecipeError("`max_minutes` needs an `output`, where the unfinished run can wait")
+        if minutes is not None and not minutes >= 0:
+            raise RecipeError(f"`max_minutes` is {minutes}, but must be a number of 0 or more")
         if options.get("output") is not None and options.get("state") is not None:
             raise RecipeError("`state` is for runs without an `output`, beside which the state lies otherwise")
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -110,7 +112,7 @@ class Job:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return {"spec": self.spec, "fingerprint": digest.hexdigest()}
 
     def config(self) -> Any:
@@ -261,6 +263,7 @@ class Job:
         budget = planning.budget(sweep, self.model)
         decides = {
             "model": self.identity(),
+            "dtype": str(next(self.model.parameters()).dtype),
             "calibration": {"digest": data.digest, "samples": data.samples, "length": data.length},
             "planner": describe(planning.planner),
             "pattern": str(budget.pattern),

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from secateur.core.errors import InputError, RecipeError
 from secateur.core.progress import Progress
 from secateur.export import bitmask
+from secateur.models.blocks import evaluating
 from secateur.models.files import Loaded, Source, fingerprint
 from secateur.models.files import load as load_checkpoint
 
 ADAPTER = "adapter_config.json"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def load(
@@ -110,3 +117,22 @@ def device_of(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device `{device}` is not there: torch sees no CUDA device", hint="use --device cpu")
     return chosen
+
+
+def modes_back(argument: str = "model") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return what lets a stage give a live model its modes back, training or evaluating, submodule by submodule.
+
+    Args:
+        argument: what the model is called, `model` or a keyword of the stage.
+    """
+
+    def decorated(stage: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(stage)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = args[0] if args and argument == "model" else kwargs.get(argument)
+            with evaluating(given) if isinstance(given, nn.Module) else nullcontext():
+                return stage(*args, **kwargs)
+
+        return call
+
+    return decorated

@@ -33,7 +33,7 @@ from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
 from secateur.recipe.finetune import finetune, sparsity_beneath
 from secateur.recipe.job import Job, Result, refuse_existing
-from secateur.recipe.opening import load
+from secateur.recipe.opening import load, modes_back
 
 __all__ = ["Result", "evaluate", "export", "finetune", "inspect", "load", "prune", "tune"]
 
@@ -187,6 +187,7 @@ def prune(
     return job.run(sweep, data, settings, None, planning)
 
 
+@modes_back("teacher")
 def tune(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
@@ -268,6 +269,7 @@ def tune(
     return job.run(sweep, data, settings, job.teacher)
 
 
+@modes_back()
 def evaluate(
     model: str | Path | nn.Module,
     tokenizer: Any = None,

@@ -32,6 +32,7 @@ from secateur.recipe.build import build_method
 from secateur.recipe.choice import Choice, calibrations, choose, solver_of
 from secateur.recipe.expected import BY_COST, MEASURED, ORDER
 from secateur.recipe.job import Job
+from secateur.recipe.opening import modes_back
 from secateur.recipe.report import write_text
 from secateur.recipe.schema import Recipe
 from secateur.recipe.yaml_writer import to_yaml
@@ -42,6 +43,7 @@ DISK = 200e6  # bytes a second at which a model is read, journalled, written and
 WINDOWS, WINDOW = 20, 1024  # of the evaluation, where a text for it is named
 
 
+@modes_back()
 def suggest(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
@@ -83,13 +85,17 @@ def suggest(
     Raises:
         RecipeError: if `minutes` is not positive, or nothing fits in them.
         InputError: if the text is too short for any calibration.
-        StateError: if `output` exists.
+        StateError: if `output` exists, or cannot be a file.
     """
     if not minutes > 0 or minutes == float("inf"):
         raise RecipeError(f"`minutes` is {minutes}, but must be a positive number")
     target = None if output is None else Path(output)
     if target is not None and target.exists() and not overwrite:
         raise StateError(f"`{target}` exists", hint="choose another --output, or replace it with --overwrite")
+    if target is not None and (target.is_dir() or any(one.is_file() for one in target.absolute().parents)):
+        raise StateError(
+            f"`{target}` cannot be written: it is a folder, or lies in a file", hint="choose another --output"
+        )
     show = progress or Silent()
     general = parse_pattern(pattern)
     job = Job("suggest", model, tokenizer, None, {**locals(), "output": None, "inplace": True})

@@ -37,6 +37,14 @@ class Shown(TrainerCallback):  # type: ignore[misc]
             self.progress.finish(self._step)
 
 
+class LoggedAsAsked(TrainerCallback):  # type: ignore[misc]
+    """Logs as often as is asked for now where a run goes on; transformers does as its checkpoint says."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the steps between two lines of the log from the settings."""
+        state.logging_steps = args.logging_steps
+
+
 class Deadline(TrainerCallback):  # type: ignore[misc]
     """Ends the run when its time is over, in all processes at the same step, with a checkpoint to go on from.
 

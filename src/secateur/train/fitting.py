@@ -87,9 +87,12 @@ def pieces(rows: dict[str, list[list[int]]], length: int) -> dict[str, list[list
 
 
 def fit(rows: Any, length: int) -> tuple[Any, Fitted]:
-    """Return the token rows with something to learn within `length`, and what it left of all."""
+    """Return the token rows with something to learn within `length`, and what it left of all.
+
+    The first token of a row is not learned: nothing comes before it.
+    """
     labels = rows["labels"]
-    learns = [place for place, row in enumerate(labels) if any(label != -100 for label in row[:length])]
+    learns = [place for place, row in enumerate(labels) if any(label != -100 for label in row[1:length])]
     over = [len(labels[place]) - length for place in learns if len(labels[place]) > length]
     return rows.select(learns), Fitted(len(learns), len(labels) - len(learns), len(over), sum(over))
 

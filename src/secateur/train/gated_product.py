@@ -4,6 +4,7 @@ Autograd keeps the gate (for the activation), the activation and `up` (for the p
 from the gate for the price of one elementwise pass, so two of the widest tensors of a block are enough. A forward hook on
 the activation hands on its output as a tensor that knows its gate; a product with it becomes one node, and everything
 else that is done with it is done as with any tensor, so a model whose MLP is written in another way works as before.
+Where somebody else listens to the activation, or asks for its gradient, it is kept as without this module.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks
 
+_ASKS_FOR_ITS_GRADIENT = frozenset({Tensor.register_hook, Tensor.retain_grad})
 _PRODUCTS = frozenset({torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__})
 
 
 def keep_gates_only_(mlps: Iterable[nn.Module]) -> int:
     """Let the activations of gated MLPs not be kept for backward; return how many activations there are.
 
-    Doing it twice is harmless; `keep_activations_` undoes it. Nothing changes without gradients or under compilation.
+    Doing it twice is harmless; `keep_activations_` undoes it. Nothing changes without gradients, under compilation and
+    transforms of `torch.func`, and where an activation has other forward hooks.
 
     Args:
         mlps: modules whose children without tensors are activations, changed in place.
@@ -83,13 +88,15 @@ class _Activated(Tensor):
 
     gate: Tensor
     activation: Callable[[Tensor], Tensor]
-    versions: tuple[int, int]  # of the gate and of itself, as long as neither was written to
+    versions: tuple[int, int] | None  # of the gate and of itself, when neither was written to; None: it is to be kept
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _ASKS_FOR_ITS_GRADIENT:
+                args[0].versions = None  # which a product of gate and `up` alone would not reach
             if func in _PRODUCTS and len(args) == 2 and not kwargs:
                 mine, other = args if isinstance(args[0], cls) else (args[1], args[0])
                 if _fits(mine, other):
@@ -115,6 +122,10 @@ def _knowing(activation: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any
     """Return the activation's output as one that knows its gate, where gradients flow through it."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not torch.is_grad_enabled():
         return output
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return output
+    if len(activation._forward_hooks) > 1 or _global_forward_hooks:
+        return output  # what they make of the output is not what the activation makes of the gate
     if len(inputs) != 1 or type(inputs[0]) is not Tensor or type(output) is not Tensor:
         return output
     (gate,) = inputs

@@ -25,7 +25,7 @@ from secateur.core.progress import Progress, Silent
 from secateur.core.shards import is_sharded, local
 from secateur.data.instructions import Examples
 from secateur.train import sharding
-from secateur.train.callbacks import Deadline, Shown, tensorboard
+from secateur.train.callbacks import Deadline, LoggedAsAsked, Shown, tensorboard
 from secateur.train.checkpoints import Sealed, is_full_disk, last_whole
 from secateur.train.fitting import (
     Fitted,
@@ -142,7 +142,7 @@ def train(
     with undisturbed(), put_back(model, base, tokenizer), tempfile.TemporaryDirectory() as scratch, quietly():
         settings = _settings(training, folder or Path(scratch), data, folder is not None, evaluation, device)
         over = None if deadline is None else Deadline(deadline)
-        added: list[TrainerCallback] = [Shown(progress or Silent()), *callbacks]
+        added: list[TrainerCallback] = [Shown(progress or Silent()), LoggedAsAsked(), *callbacks]
         if folder is not None:
             added.append(Sealed())
         if masks is not None and not compact:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from secateur.core.errors import InputError, RecipeError, did_you_mean
 
 Schedule = Literal["linear", "cosine", "constant"]
+LEAST = {  # of what is counted
+    "steps": 1,
+    "length": 2,
+    "batch_size": 1,
+    "accumulation": 1,
+    "evaluate_every": 1,
+    "log_every": 1,
+    "save_every": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,25 @@ class Training:
 
 
 def check_training(training: Training) -> None:
-    """Raise RecipeError for an optimizer, seed or logger that cannot be, InputError for what is not installed."""
+    """Raise RecipeError for a setting that cannot be, InputError for what is not installed."""
     from transformers.training_args import OptimizerNames
 
+    for name, least in LEAST.items():
+        value = getattr(training, name)
+        if value is not None and not value >= least:
+            raise RecipeError(f"`{name}` is {value}, but must be {least} or more")
+    for name in ("epochs", "learning_rate", "weight_decay", "warmup", "clip"):
+        value, positive = getattr(training, name), name in ("epochs", "learning_rate")
+        if value is not None and not (0 <= value < float("inf") and (value or not positive)):
+            raise RecipeError(f"`{name}` is {value}, but must be a number {'above 0' if positive else 'of 0 or more'}")
+    if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+        raise RecipeError(f"`betas` is {training.betas}, but must be two numbers from 0 to below 1")
+    schedules = get_args(Schedule)
+    if training.schedule not in schedules:
+        raise RecipeError(
+            f"`schedule` is `{training.schedule}`, which is none{did_you_mean(training.schedule, schedules)}",
+            hint=f"known: {', '.join(schedules)}",
+        )
     known = sorted(one.value for one in OptimizerNames)
     if training.optimizer not in known:
         raise RecipeError(

@@ -474,6 +474,74 @@ def test_what_changed_since_it_was_prepared_is_computed_anew():
     both(lambda layer: None)
 
 
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_merged_model_that_is_converted_is_switched_as_if_it_had_been_so_before(dtype, prepare):
+    model = tuned(adapters=("default", "other"), o=1, down=4)
+    expected = {}
+    for name in ("other", "__base__"):
+        before = copy.deepcopy(model).to(dtype)
+        switch_(before, name)
+        expected[name] = logits(before)
+    if prepare:
+        prepare_switches_(model)
+    switch_(model, "default")
+    model.to(dtype)
+    switch_(model, "other")
+    assert torch.allclose(logits(model), expected["other"], atol=1e-6)
+    switch_(model, "__base__")
+    assert torch.allclose(logits(model), expected["__base__"], atol=1e-6)
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_a_switch_that_is_interrupted_leaves_everything_as_it_was(prepare, monkeypatch):
+    model = tuned(adapters=("default", "other"), o=1, down=4)
+    if prepare:
+        prepare_switches_(model)
+    switch_(model, "default")
+    before, answers, stopped = bits(model), logits(model), s2ft_linears(model)[2]
+    usual = stopped.remerge_
+
+    def interrupted(adapters):
+        if adapters == ["other"]:
+            raise KeyboardInterrupt
+        usual(adapters)
+
+    monkeypatch.setattr(stopped, "remerge_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        switch_(model, "other")
+    assert bits(model) == before
+    assert torch.equal(logits(model), answers)
+    assert model.active_adapter == "default"
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_whole_modules_are_switched_with_their_adapter(merge):
+    model = random_llama()
+    plain = logits(model)
+    model = tuned(model, o=1, down=4, modules_to_save=["lm_head"])
+    model.add_adapter("slices", S2ftConfig(o=1, down=4, init_weights=False, seed=1))
+    model.add_adapter("other", S2ftConfig(o=1, down=4, init_weights=False, seed=2, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["other"].weight.mul_(3.0)
+    expected = {}
+    for name in ("slices", "other", "default"):
+        model.set_adapter(name)
+        expected[name] = logits(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in ("slices", "other", "default", "other", "__base__", "default"):
+        switch_(model, name, merge=merge)
+        assert torch.allclose(logits(model), expected.get(name, plain), atol=1e-5)
+    assert trained == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_a_prepared_model_is_unloaded_with_weights_stored_by_rows():
+    model = tuned(o=1, down=4)
+    prepare_switches_(model)
+    assert not all(parameter.is_contiguous() for parameter in model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.merge_and_unload().parameters())
+
+
 def test_preparing_what_is_not_finite_or_not_there_is_refused():
     model = tuned(adapters=("one", "two"))
     before = bits(model)

@@ -177,6 +177,8 @@ class S2ftModel(AdapterModel):
             keep_gates_only_(_gated_mlps(model))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.prepared:
+            layer.forget_()  # columns are stored as columns, which nobody could undo later
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         keep_activations_(model)
         self.prepared = ()

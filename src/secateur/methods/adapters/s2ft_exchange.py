@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, NumericError, RecipeError, did_you_mean
+from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.methods.adapters.s2ft import S2ftConfig, S2ftModel
 from secateur.methods.adapters.s2ft_linear import S2ftLinear
 from secateur.methods.adapters.s2ft_selection import Units
@@ -32,7 +32,9 @@ def switch_(model: nn.Module, adapter: str, *, merge: bool = True) -> None:
     Merged, only k lines of each linear are written; the overwritten lines are kept and copied back, so any sequence of
     switches that ends at an adapter gives the same bits. The forward then costs what the base costs. Not merged, the
     weights are the base's and are not touched at all: a reference is set in each linear, and the forward adds the
-    slice's thin product.
+    slice's thin product. Whole modules that the adapter trains beside its slices are switched with it.
+
+    Who writes to the weights writes to what is merged: switch to "__base__" before.
 
     Args:
         model: a model with S2FT adapters.
@@ -41,7 +43,8 @@ def switch_(model: nn.Module, adapter: str, *, merge: bool = True) -> None:
 
     Raises:
         RecipeError: if there is no such adapter.
-        NumericError: if a merged weight would not be finite; what was merged before is merged again.
+        NumericError: if a merged weight would not be finite.
+        StateError: if a weight is sharded (FSDP). After this and any other error what was merged is merged again.
     """
     tuner = tuner_of(model)
     if adapter != BASE:
@@ -55,12 +58,14 @@ def switch_(model: nn.Module, adapter: str, *, merge: bool = True) -> None:
             if merge or layer.merged_adapters:
                 done.append((layer, list(layer.merged_adapters)))
                 layer.remerge_(wanted)
-    except NumericError:
+    except BaseException:
         for layer, former in done:
             layer.remerge_(former)
         raise
     for layer in layers:
         layer._active_adapter = names
+    if any(map(_trains_whole_modules, tuner.peft_config.values())):
+        _switch_whole_modules_(tuner.model, adapter)
     tuner.active_adapter = adapter if names else []
     if isinstance(model, PeftModel) and names:  # PEFT's forward fails where none is named, so the last name stays
         model.active_adapter = adapter
@@ -236,9 +241,22 @@ def _known(tuner: Any, adapter: str) -> None:
 
 
 def _refuse_whole_modules(tuner: Any, adapter: str, what: str) -> None:
-    config: Any = tuner.peft_config[adapter]
-    if config.modules_to_save or config.trainable_token_indices:
+    if _trains_whole_modules(tuner.peft_config[adapter]):
         raise InputError(f"`{adapter}` trains whole modules beside its slices, so it cannot be {what}")
+
+
+def _switch_whole_modules_(model: nn.Module, adapter: str) -> None:
+    """Let whole modules be those of `adapter`, or the base's; what is trained stays so, unlike with PEFT's own way."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+            module.set_adapter(adapter if adapter in module._adapters else [])
+            for parameter, needed in trained:
+                parameter.requires_grad_(needed)
+
+
+def _trains_whole_modules(config: Any) -> bool:
+    return bool(config.modules_to_save or config.trainable_token_indices)
 
 
 def _union(configs: list[S2ftConfig]) -> Units:

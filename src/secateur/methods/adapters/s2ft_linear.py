@@ -6,7 +6,7 @@ Yang et al., NeurIPS 2024, arXiv 2412.06289, section 3.3.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -335,6 +335,14 @@ class S2ftLinear(AdapterLinear):
         else:
             weight.index_copy_(int(self.columns), index, values)
         self.merging.stamp = stamp_of(self.get_base_layer().weight)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> S2ftLinear:
+        """Move and convert what was overwritten with the weight, into which it is copied back."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.merging.overwritten is not None:
+            index, values = self.merging.overwritten
+            self.merging.overwritten = fn(index), fn(values)
+        return self
 
     def overwritten(self) -> tuple[Tensor, Tensor] | None:
         """Return the index of what the merged adapters changed, and its former values; None if nothing is merged.
