@@ -521,6 +521,7 @@ def test_mistakes_in_a_comparison_end_with_code_2(compared, capsys, words, messa
 SUGGESTED = {
     "choices": [
         {
+            "label": "wanda",
             "method": "wanda",
             "refit": False,
             "tuner": None,
