@@ -1,6 +1,6 @@
 """Write docs/results.md from the JSON lines in benchmarks/results; `--check` says whether it is fresh.
 
-Numbers reach the documents by this script alone, so each of them was printed by a benchmark.
+Numbers reach this page by this script alone, so each of them was printed by a command of the project.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 HEAD = """# Measured results
 
-This page is written by `python scripts/write_results.py` from the JSON lines in `benchmarks/results/`; every line there was
-printed by a script in `benchmarks/`, whose first lines say how to run it again.
+This page is written by `python scripts/write_results.py` from the JSON lines in `benchmarks/results/`. Those lines were printed
+by the scripts in `benchmarks/`, whose first lines say how to run them again, or are rows of `secateur compare`. To lines that
+are older than a field, such as a learning rate, the field was added from the command that had printed them.
 """
 
 QUALITY = """## Perplexity after pruning
@@ -41,7 +42,8 @@ COMPARISON = """## One table of all pruners
 
 `secateur compare` with `--statistics shared`: every row is solved on the same Gram matrices, those of the dense model, so
 the rows differ by their solver alone. They are worse than those above, where each linear sees what was pruned before it.
-Model and calibration are the same, evaluation is on the first 10 windows. The command:
+Model and calibration are the same, evaluation is on the first 10 windows. Seconds are wall time on a shared machine whose load
+was not the same for all rows, the shared walk included: compare methods' costs in the table of speed. The command:
 
     secateur compare MODEL --methods all --pattern 70% --pattern 2:4 \\
         --statistics shared --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 10
@@ -178,7 +180,7 @@ def own() -> str:
     def named(line: dict[str, Any], kind: str) -> str:
         """Return a method with what was changed of it, in words."""
         words = [f"{name} {value}" for name, value in line["changed"][kind].items()]
-        words += ["exact refit first"] if kind == "tuner" and line["refit"] else []
+        words += ["exact refit"] if kind == "tuner" and line["refit"] else []
         name = line[kind] or "uniform"
         return f"{name} ({', '.join(words)})" if words else name
 
