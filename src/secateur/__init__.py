@@ -7,7 +7,6 @@ that hold the rest of their rooms, so those packages are callable: `secateur.eva
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from secateur.core.pattern import NM, Unstructured
     from secateur.methods.adapters.masked_lora import MaskedLoraConfig as MaskedLoraConfig
     from secateur.methods.adapters.pst import PstConfig as PstConfig
+    from secateur.methods.adapters.s2ft import S2ftConfig as S2ftConfig
     from secateur.methods.adapters.spp import SppConfig as SppConfig
     from secateur.methods.optimizers.cram import CrAM
     from secateur.methods.registry import methods, register_adapters
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from secateur.recipe.schema import Recipe
     from secateur.recipe.stages import evaluate, export, finetune, inspect, load, prune, tune
     from secateur.recipe.suggest import suggest
+
+    __version__: str
 
 __all__ = [
     "NM",
@@ -43,11 +45,6 @@ __all__ = [
     "suggest",
     "tune",
 ]
-
-try:
-    __version__ = version("secateur")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
 
 _STAGES = "secateur.recipe.stages"
 _ADAPTERS = {  # not in `__all__`, because they need an extra
@@ -73,6 +70,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
+    if name == "__version__":
+        value = globals()[name] = _version()
+        return value
     if name not in _HOMES:
         raise AttributeError(f"module `secateur` has no attribute `{name}`")
     if name in _ADAPTERS:  # who names one of them may load any of them
@@ -80,6 +80,16 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """Return the installed version; reading it is a third of the import, so it waits until somebody asks."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("secateur")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 import warnings
 from pathlib import Path
 
@@ -85,12 +84,11 @@ def test_a_broken_tokenizer_is_an_input_error(folder, content):
 def test_configuration_and_weights_that_do_not_fit_are_refused_without_taking_memory(name, folder):
     apply, part = bad.MISFITS[name]
     apply(folder)
-    before, started = resident(), time.perf_counter()
+    before = resident()
     with pytest.raises(InputError) as caught:
         load(folder)
     assert part in str(caught.value)
     assert resident() - before < 200_000_000
-    assert time.perf_counter() - started < 20  # imports of the family included
 
 
 def test_a_table_of_computed_values_may_not_be_huge(tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from bad import models as bad
+from effort import effort
 from secateur.core.errors import InputError
 from secateur.models.folder_checks import check_folder, shard_names, survey
 
@@ -19,15 +19,13 @@ def tree(path: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", bad.FOLDERS)
-def test_a_broken_folder_is_refused_with_its_reason_at_once(name, tmp_path):
+def test_a_broken_folder_is_refused_with_its_reason(name, tmp_path):
     folder = bad.sound_folder(tmp_path / "model")
     apply, part = bad.FOLDERS[name]
     apply(folder)
     before = tree(tmp_path)
-    started = time.perf_counter()
     with pytest.raises(InputError) as caught:
         check_folder(folder)
-    assert time.perf_counter() - started < 1
     assert part in str(caught.value)
     assert len(str(caught.value)) < 600
     assert tree(tmp_path) == before
@@ -135,16 +133,20 @@ def test_shard_names_are_checked_without_the_shards(tmp_path):
         shard_names(folder / bad.INDEX)
 
 
-def test_a_large_header_is_read_in_time(tmp_path):
-    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(20_000)]
-    header = {
-        name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * at, 4 * at + 4]} for at, name in enumerate(names)
-    }
+def test_a_large_header_takes_work_in_proportion_to_its_tensors(tmp_path):
     folder = bad.sound_folder(tmp_path / "model")
-    bad.write(folder / bad.SINGLE, header, bytes(4 * len(names)))
-    started = time.perf_counter()
-    assert len(survey(folder).tensors) == len(names)
-    assert time.perf_counter() - started < 2
+
+    def calls(count: int) -> int:
+        names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(count)]
+        header = {
+            name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * at, 4 * at + 4]}
+            for at, name in enumerate(names)
+        }
+        bad.write(folder / bad.SINGLE, header, bytes(4 * count))
+        assert len(survey(folder).tensors) == count
+        return effort(lambda: survey(folder)).calls
+
+    assert calls(20_000) < 2.1 * calls(10_000)
 
 
 def test_checks_need_no_torch():

