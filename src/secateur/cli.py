@@ -10,11 +10,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from secateur.core.errors import RecipeError
 from secateur.failures import exit_code, silence
 from secateur.printing import printable, printable_lines, show
 from secateur.stopping import stoppable
+
+if TYPE_CHECKING:
+    from secateur.core.progress import Progress
 
 # options that other tools and published code call so; underscores may stand for dashes anywhere
 _WORDS = {
@@ -100,374 +103,193 @@ def secateur(
 
 
 @app.command()
-def prune(
-    context: typer.Context,
-    model: o.Model,
-    method: o.Method = None,
-    pattern: o.Pattern = None,
-    plan: o.Plan = None,
-    tuner: o.Tuner = None,
-    set: o.Set = None,
-    refit: o.Refit = None,
-    one_pass: o.OnePass = None,
-    error_correction: o.ErrorCorrection = None,
-    no_guard: o.NoGuard = None,
-    freeze_zeros: o.FreezeZeros = None,
-    ignore: o.Ignore = None,
-    include: o.Include = None,
-    override: o.Override = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
-    length: o.Length = None,
-    field: o.Field = None,
-    skip_bad: o.SkipBad = None,
-    batch_tokens: o.BatchTokens = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    offload: o.Offload = None,
-    nonfinite: o.Nonfinite = None,
-    fallback: o.Fallback = None,
-    memory_limit: o.MemoryLimit = None,
-    max_minutes: o.MaxMinutes = None,
-    strict: o.Strict = False,
-    dry_run: o.DryRun = False,
-    output: o.Output = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"method": o.Method, "pattern": o.Pattern, "plan": o.Plan, "tuner": o.Tuner, "set": o.Set},
+    o.PRUNING,
+    o.CALIBRATION,
+    o.SWEEPING,
+    {"memory_limit": o.MemoryLimit},
+    o.STOPPING,
+    o.RESUMABLE,
+    o.SHOWING,
+    o.OPENING,
+)
+def prune(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Prune MODEL, block by block, and tune each block if there is a tuner."""
     _stage("prune", context)
 
 
 @app.command()
-def tune(
-    context: typer.Context,
-    model: o.Model,
-    method: o.TuneMethod = None,
-    teacher: o.Teacher = None,
-    set: o.Set = None,
-    ignore: o.Ignore = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
-    length: o.Length = None,
-    field: o.Field = None,
-    skip_bad: o.SkipBad = None,
-    batch_tokens: o.BatchTokens = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    offload: o.Offload = None,
-    nonfinite: o.Nonfinite = None,
-    memory_limit: o.MemoryLimit = None,
-    max_minutes: o.MaxMinutes = None,
-    strict: o.Strict = False,
-    dry_run: o.DryRun = False,
-    output: o.Output = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"method": o.TuneMethod, "teacher": o.Teacher, "set": o.Set, "ignore": o.Ignore},
+    o.CALIBRATION,
+    o.MACHINE_AND_SEED,
+    {"offload": o.Offload, "nonfinite": o.Nonfinite, "memory_limit": o.MemoryLimit},
+    o.STOPPING,
+    o.RESUMABLE,
+    o.SHOWING,
+    o.OPENING,
+)
+def tune(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Tune the blocks of a sparse MODEL towards the dense one; zeros stay zero."""
     _stage("tune", context)
 
 
 @app.command()
-def finetune(
-    context: typer.Context,
-    model: o.Model,
-    data: o.Data = None,
-    evaluation: o.Evaluation = None,
-    instruction_field: o.InstructionField = None,
-    response_field: o.ResponseField = None,
-    field: o.DataField = None,
-    skip_bad: o.SkipRecords = None,
-    length: o.SequenceLength = None,
-    packing: o.Packing = None,
-    whole_loss: o.WholeLoss = None,
-    adapter: o.Adapter = None,
-    set: o.Set = None,
-    steps: o.Steps = None,
-    epochs: o.Epochs = None,
-    batch_size: o.TrainBatch = None,
-    accumulation: o.Accumulation = None,
-    learning_rate: o.LearningRate = None,
-    schedule: o.ScheduleOption = None,
-    warmup: o.Warmup = None,
-    optimizer: o.OptimizerOption = None,
-    around: o.Around = None,
-    gradient_checkpointing: o.GradientCheckpointing = None,
-    bf16: o.Bf16 = None,
-    compact_state: o.CompactState = None,
-    evaluate_every: o.EvaluateEvery = None,
-    log_every: o.LogEvery = None,
-    save_every: o.SaveEvery = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    max_minutes: o.MaxMinutes = None,
-    strict: o.Strict = False,
-    dry_run: o.DryRun = False,
-    merge: o.Merge = None,
-    log_to: o.LogTo = None,
-    output: o.Output = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    o.LEARNING,
+    o.TRAINING,
+    o.MACHINE_AND_SEED,
+    o.STOPPING,
+    {"merge": o.Merge, "log_to": o.LogTo},
+    o.RESUMABLE,
+    o.SHOWING,
+    o.OPENING,
+)
+def finetune(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Train an adapter of MODEL, or all its kept weights, on instructions or text; zeros stay zero."""
     _stage("finetune", context)
 
 
 @app.command()
-def evaluate(
-    context: typer.Context,
-    model: o.Model,
-    perplexity: o.Perplexity = None,
-    length: o.WindowLength = None,
-    limit: o.Limit = None,
-    tasks: o.Tasks = None,
-    task_limit: o.TaskLimit = None,
-    lines: o.TextLines = None,
-    label: o.Label = None,
-    field: o.Field = None,
-    skip_bad: o.SkipBad = None,
-    batch_size: o.BatchSize = None,
-    set: o.Set = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"perplexity": o.Perplexity, "length": o.WindowLength, "limit": o.Limit},
+    {"tasks": o.Tasks, "task_limit": o.TaskLimit, "lines": o.TextLines, "label": o.Label},
+    o.TEXT,
+    {"batch_size": o.BatchSize, "set": o.Set},
+    o.MACHINE,
+    o.SHOWING,
+    o.OPENING,
+)
+def evaluate(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Measure perplexity on texts, accuracy on tasks, and sparsity."""
     _stage("evaluate", context)
 
 
 @app.command()
-def inspect(
-    context: typer.Context,
-    model: o.Model,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(o.SHOWING, o.OPENING)
+def inspect(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Show sparsity and pattern of every linear, dtype, size, and what a format could save."""
-    _begin(context)
-    loading = {"revision": revision, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    given = _begin(context)
+    loading = {name: given[name] for name in o.OPENING if name in given}
     with redirect_stdout(sys.stderr):
         from secateur.recipe import stages
 
         found = stages.inspect(model, **loading)
-    _show("inspect", found, json)
+    _show("inspect", found, options["json"])
 
 
 @app.command()
-def export(
-    context: typer.Context,
-    model: o.Model,
-    format: o.Format = None,
-    dtype: o.Dtype = None,
-    output: o.Output = None,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes({"format": o.Format, "dtype": o.Dtype}, o.OUTPUT, o.SHOWING, o.OPENING)
+def export(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Write MODEL as a plain checkpoint or packed to one bit per weight and the kept values."""
     _stage("export", context)
 
 
 @app.command()
+@o.takes({"set": o.Set, "dry_run": o.DryRun}, o.RESUMABLE, o.SHOWING)
 def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
-    set: o.Set = None,
-    dry_run: o.DryRun = False,
-    output: o.Output = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
+    **options: Any,
 ) -> None:
     """Run every stage of a recipe; the folder then holds the models, the report and the resolved recipe."""
-    _begin(context)
+    given = _begin(context)
     from secateur.recipe.schema import Recipe
 
-    loaded = Recipe.load(recipe, set or ())
-    if output is None and not dry_run:
-        raise RecipeError("`--output` is missing", hint="name a folder for the run with --output DIR")
-    with redirect_stdout(sys.stderr):
-        loaded.check()
-        if dry_run:
-            found: dict[str, Any] = {"dry_run": True, "recipe": loaded.resolved(), "digest": loaded.digest()}
-        else:
-            from secateur.terminal import progress
-
-            with progress(sys.stderr) as show:
-                found = loaded.run(str(output), resume, overwrite=overwrite, progress=show)
-    _show("run", found, json)
+    loaded = Recipe.load(recipe, given.get("set", ()))
+    if options["dry_run"]:
+        with redirect_stdout(sys.stderr):
+            loaded.check()
+        found: dict[str, Any] = {"dry_run": True, "recipe": loaded.resolved(), "digest": loaded.digest()}
+    else:
+        output = _needed(given, "output", "name a folder for the run with --output DIR")
+        with _working() as progress:
+            loaded.check()
+            found = loaded.run(output, options["resume"], overwrite=options["overwrite"], progress=progress)
+    _show("run", found, options["json"])
 
 
 @app.command()
-def compare(
-    context: typer.Context,
-    model: o.Model,
-    methods: o.Methods = None,
-    pattern: o.Patterns = None,
-    tuner: o.Tuners = None,
-    plan: o.Plans = None,
-    set: o.SetMethod = None,
-    refit: o.Refit = None,
-    one_pass: o.OnePass = None,
-    error_correction: o.ErrorCorrection = None,
-    no_guard: o.NoGuard = None,
-    freeze_zeros: o.FreezeZeros = None,
-    ignore: o.Ignore = None,
-    include: o.Include = None,
-    override: o.Override = None,
-    calibration: o.Calibration = None,
-    samples: o.Samples = None,
-    length: o.Length = None,
-    statistics: o.Statistics = None,
-    field: o.Field = None,
-    skip_bad: o.SkipBad = None,
-    batch_tokens: o.BatchTokens = None,
-    perplexity: o.Perplexity = None,
-    window: o.Window = None,
-    limit: o.Limit = None,
-    lines: o.TextLines = None,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    offload: o.Offload = None,
-    nonfinite: o.Nonfinite = None,
-    fallback: o.Fallback = None,
-    memory_limit: o.MemoryLimit = None,
-    strict: o.Strict = False,
-    output: o.Output = None,
-    resume: o.Resume = False,
-    overwrite: o.Overwrite = False,
-    keep_models: o.KeepModels = False,
-    title: o.Title = None,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"methods": o.Methods, "pattern": o.Patterns, "tuner": o.Tuners, "plan": o.Plans, "set": o.SetMethod},
+    o.PRUNING,
+    o.CALIBRATION,
+    {"statistics": o.Statistics, "perplexity": o.Perplexity, "window": o.Window},
+    {"limit": o.Limit, "lines": o.TextLines, "batch_size": o.BatchSize},
+    o.SWEEPING,
+    {"memory_limit": o.MemoryLimit, "strict": o.Strict},
+    o.RESUMABLE,
+    {"keep_models": o.KeepModels, "title": o.Title},
+    o.SHOWING,
+    o.OPENING,
+)
+def compare(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Prune and measure MODEL in every way that is named, and show one table.
 
     Rows appear as they are finished; --resume goes on. Exit code 7: some rows failed and hold their error.
     """
     given = _begin(context)
-    call = {name: given.pop(name) for name in _CALL if name in given}
-    settings = given.pop("set", ())
-    for name in ("debug", "json"):
-        given.pop(name, None)
-    _arrange(given)
+    _needed(given, "methods", "for example --methods magnitude,wanda,sparsegpt")
+    _needed(given, "perplexity", "for example --perplexity wikitext2")
+    _needed(given, "output", "name a folder for the table with --output DIR")
+    call, settings = _divide(given)
     for name in ("methods", "pattern", "tuner", "plan"):
         if name in given:
             given[name] = [part for text in given[name] for part in text.split(",") if part]
-    for name, example in (("methods", "magnitude,wanda,sparsegpt"), ("perplexity", "wikitext2")):
-        if name not in given:
-            raise RecipeError(f"`--{name}` is missing", hint=f"for example --{name} {example}")
-    if "output" not in call:
-        raise RecipeError("`--output` is missing", hint="name a folder for the table with --output DIR")
     from secateur.recipe.comparison import Comparison
 
     asked = Comparison.from_dict(given, settings=settings)
-    with redirect_stdout(sys.stderr):
+    with _working() as progress:
         from secateur.recipe import compare as comparing
-        from secateur.terminal import progress
 
-        with progress(sys.stderr) as show:
-            found = comparing.compare(asked.model, progress=show, **asked.arguments(), **call)
+        found = comparing.compare(asked.model, progress=progress, **asked.arguments(), **call)
     _warn(found)
-    _show("compare", found, json)
+    _show("compare", found, options["json"])
     if found["failed"]:
         raise typer.Exit(ROWS_FAILED)
 
 
 @app.command()
-def suggest(
-    context: typer.Context,
-    model: o.Model,
-    pattern: o.Pattern = None,
-    minutes: o.Minutes = None,
-    calibration: o.SuggestedText = None,
-    perplexity: o.OnePerplexity = None,
-    field: o.Field = None,
-    skip_bad: o.SkipBad = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    output: o.RecipeFile = None,
-    overwrite: o.Overwrite = False,
-    run: o.RunFolder = None,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"pattern": o.Pattern, "minutes": o.Minutes, "calibration": o.SuggestedText, "perplexity": o.OnePerplexity},
+    o.TEXT,
+    o.MACHINE_AND_SEED,
+    {"output": o.RecipeFile, "overwrite": o.Overwrite, "run": o.RunFolder},
+    o.SHOWING,
+    o.OPENING,
+)
+def suggest(context: typer.Context, model: o.Model, **options: Any) -> None:
     """Choose method, tuner and calibration for so many minutes on this machine, as a recipe to keep."""
     given = _begin(context)
-    for name in ("debug", "json", "run", "model"):
-        given.pop(name, None)
-    if minutes is None:
-        raise RecipeError("`--minutes` is missing", hint="say how long pruning may take, such as --minutes 5")
-    if pattern is None:
-        raise RecipeError(
-            "`--pattern` is missing", hint="say what to prune to, such as --sparsity 60% or --pattern 2:4"
-        )
+    _needed(given, "minutes", "say how long pruning may take, such as --minutes 5")
+    pattern = _needed(given, "pattern", "say what to prune to, such as --sparsity 60% or --pattern 2:4")
+    folder = given.pop("run", None)
     from secateur.core.pattern import parse_pattern
 
     parse_pattern(pattern)
-    with redirect_stdout(sys.stderr):
+    with _working() as progress:
         from secateur.recipe import suggest as suggesting
-        from secateur.terminal import progress
 
-        with progress(sys.stderr) as show:
-            found = suggesting.suggest(model, progress=show, **given)
+        found = suggesting.suggest(given.pop("model"), progress=progress, **given)
     _warn(found)
-    if run is None:
-        _show("suggest", found, json)
+    if folder is None:
+        _show("suggest", found, options["json"])
         return
     sys.stderr.write(f"{printable_lines(found['yaml'])}\n")
     from secateur.recipe.schema import Recipe
 
-    with redirect_stdout(sys.stderr), progress(sys.stderr) as show:
-        report = Recipe.from_dict(found["recipe"]).run(run, overwrite=overwrite, progress=show)
-    _show("run", {**report, "suggestion": found} if json else report, json)
+    with _working() as progress:
+        report = Recipe.from_dict(found["recipe"]).run(folder, overwrite=options["overwrite"], progress=progress)
+    _show("run", {**report, "suggestion": found} if options["json"] else report, options["json"])
 
 
 @app.command()
+@o.takes(o.SHOWING)
 def methods(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show its hyper-parameters.")] = None,
-    json: o.Json = False,
-    debug: o.Debug = False,
+    **options: Any,
 ) -> None:
     """List the methods: name, kind, paper, patterns, and the statistics they need."""
     _begin(context)
@@ -475,118 +297,71 @@ def methods(
     from secateur.methods.registry import methods as shelf
 
     if name is None:
-        _show("methods", {"methods": shelf()}, json)
+        _show("methods", {"methods": shelf()}, options["json"])
         return
     entry = REGISTRY.find(name)
     from secateur.recipe.build import fields_of
 
     line = next(line for line in shelf() if line["name"] == name)
-    _show("method", {**line, "fields": fields_of(entry)}, json)
+    _show("method", {**line, "fields": fields_of(entry)}, options["json"])
 
 
 @app.command()
-def merge(
-    context: typer.Context,
-    adapter: o.AdapterPath,
-    model: o.BaseModel = None,
-    fill_zeros: o.FillZeros = False,
-    keep_mask: o.KeepMask = False,
-    dtype: o.Dtype = None,
-    output: o.Output = None,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes(
+    {"model": o.BaseModel, "fill_zeros": o.FillZeros, "keep_mask": o.KeepMask, "dtype": o.Dtype},
+    o.OUTPUT,
+    o.SHOWING,
+    o.OPENING,
+)
+def merge(context: typer.Context, adapter: o.AdapterPath, **options: Any) -> None:
     """Merge ADAPTER into its base model and keep every zero; without --output nothing is written, only reported."""
     _adapter_command("merge", context)
 
 
 @adapters.command("list")
-def adapters_list(
-    context: typer.Context,
-    paths: o.AdapterPaths,
-    model: o.CheckedModel = None,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes({"model": o.CheckedModel}, o.SHOWING, o.OPENING)
+def adapters_list(context: typer.Context, paths: o.AdapterPaths, **options: Any) -> None:
     """List adapters with method, base and size; --model says which of them fit a model."""
-    _adapter_command("list", context)
+    given = _begin(context)
+    with redirect_stdout(sys.stderr):
+        from secateur.recipe.adapter_list import list_adapters
+
+        found = list_adapters(**given)
+    _warn(found)
+    _show("adapters", found, options["json"])
 
 
 @adapters.command("fuse")
-def adapters_fuse(
-    context: typer.Context,
-    adapters: o.WeightedAdapters,
-    model: o.BaseModel = None,
-    output: o.Output = None,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes({"model": o.BaseModel}, o.OUTPUT, o.SHOWING, o.OPENING)
+def adapters_fuse(context: typer.Context, adapters: o.WeightedAdapters, **options: Any) -> None:
     """Write the weighted sum of S2FT or LoRA adapters as one adapter, exactly."""
     _adapter_command("fuse", context)
 
 
 @adapters.command("switch")
-def adapters_switch(
-    context: typer.Context,
-    model: o.MergedModel,
-    to: o.SwitchTo = None,
-    fill_zeros: o.FillZeros = False,
-    output: o.Output = None,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-) -> None:
+@o.takes({"to": o.SwitchTo, "fill_zeros": o.FillZeros}, o.OUTPUT, o.SHOWING)
+def adapters_switch(context: typer.Context, model: o.MergedModel, **options: Any) -> None:
     """Take the merged S2FT adapter out of MODEL and put another in, without the base; MODEL itself without --output."""
     _adapter_command("switch", context)
 
 
 @adapters.command("export")
-def adapters_export(
-    context: typer.Context,
-    adapter: o.AdapterPath,
-    format: o.AdapterFormat = "lora",
-    model: o.BaseModel = None,
-    output: o.Output = None,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-    revision: o.Revision = None,
-    allow_pickle: o.AllowPickle = False,
-    trust_remote_code: o.TrustRemoteCode = False,
-) -> None:
+@o.takes({"format": o.AdapterFormat, "model": o.BaseModel}, o.OUTPUT, o.SHOWING, o.OPENING)
+def adapters_export(context: typer.Context, adapter: o.AdapterPath, **options: Any) -> None:
     """Write an S2FT ADAPTER as a LoRA adapter with the same outputs, for PEFT and LoRA servers."""
     _adapter_command("export", context)
 
 
 @app.command()
-def demo(
-    context: typer.Context,
-    output: o.Output = "demo",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and epochs: a minute, worse numbers.")] = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
-) -> None:
+@o.takes({"output": o.DemoFolder, "quick": o.Quick}, o.SHOWING)
+def demo(context: typer.Context, **options: Any) -> None:
     """Prune a real model to 70 %, win it back, and show what came of it."""
-    _begin(context)
-    from secateur.terminal import progress
-
-    with redirect_stdout(sys.stderr):
+    given = _begin(context)
+    with _working() as progress:
         from secateur import demo as shown
 
-        with progress(sys.stderr) as show:
-            found = shown.run(Path(output or "demo"), quick=quick, progress=show)
-    _show("run", found, json)
+        found = shown.run(Path(given.get("output", "demo")), quick=options["quick"], progress=progress)
+    _show("run", found, options["json"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -619,22 +394,46 @@ def _invoke(words: list[str], session: Session) -> int:
 
 
 def _begin(context: typer.Context) -> dict[str, Any]:
-    """Return the given options and remember what the end of the program needs."""
+    """Return the given options but those of `o.SHOWING`, and remember what the end of the program needs."""
     session = context.find_object(Session)
     if session is not None:
         session.debug = bool(context.params.get("debug"))
-    return {name: value for name, value in context.params.items() if value is not None and value != [] and value != ()}
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name not in o.SHOWING and value is not None and value != [] and value != ()
+    }
+
+
+def _needed(given: dict[str, Any], name: str, hint: str) -> Any:
+    """Return an option that a command cannot do without."""
+    if name not in given:
+        raise RecipeError(f"`--{name}` is missing", hint=hint)
+    return given[name]
+
+
+@contextmanager
+def _working() -> Iterator[Progress]:
+    """Show progress on stderr, where everything else that is printed goes too; results alone go to stdout."""
+    from secateur.terminal import progress
+
+    with redirect_stdout(sys.stderr), progress(sys.stderr if _is_first() else io.StringIO()) as shown:
+        yield shown
+
+
+def _divide(given: dict[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
+    """Take what a recipe has no keys for out of `given`: the arguments of the call, and what `--set` sets."""
+    call, settings = {name: given.pop(name) for name in _CALL if name in given}, given.pop("set", ())
+    _arrange(given)
+    return call, settings
 
 
 def _stage(kind: str, context: typer.Context) -> None:
     """Run one stage as a recipe of one stage, so that options and recipes are checked alike."""
     given = _begin(context)
-    given.pop("debug", None)
-    as_json, settings = given.pop("json", False), given.pop("set", ())
-    call = {name: given.pop(name) for name in _CALL if name in given}
-    _arrange(given)
-    if kind != "evaluate" and call.get("output") is None and not call.get("dry_run"):
-        raise RecipeError("`--output` is missing", hint="name the folder to write with --output DIR")
+    if kind != "evaluate" and not given.get("dry_run"):
+        _needed(given, "output", "name the folder to write with --output DIR")
+    call, settings = _divide(given)
 
     from secateur.recipe.schema import Recipe
     from secateur.recipe.yaml_loader import Positions
@@ -645,22 +444,19 @@ def _stage(kind: str, context: typer.Context) -> None:
     arguments = {**recipe.steps()[0].arguments, **recipe.loading(), **call}
     if kind == "export" and recipe.dtype is not None:
         arguments["dtype"] = recipe.dtype
-    with redirect_stdout(sys.stderr):
+    with _working() as progress:
         recipe.check()
         from secateur.recipe import stages
-        from secateur.terminal import progress
 
-        if kind == "export":
-            found = stages.export(recipe.model, **arguments)
-        else:
-            with progress(sys.stderr if _is_first() else io.StringIO()) as show:
-                result = getattr(stages, kind)(recipe.model, progress=show, **arguments)
-            found = result if isinstance(result, dict) else result.report
-            if call.get("dry_run"):
-                found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
+        if kind != "export":
+            arguments["progress"] = progress
+        result = getattr(stages, kind)(recipe.model, **arguments)
+    found = result if isinstance(result, dict) else result.report
+    if call.get("dry_run"):
+        found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
     if _is_first():
         _warn(found)
-        _show(kind, found, as_json)
+        _show(kind, found, context.params["json"])
 
 
 def _is_first() -> bool:
@@ -671,31 +467,22 @@ def _is_first() -> bool:
 def _adapter_command(kind: str, context: typer.Context) -> None:
     """Run one of the functions on adapters, whose arguments are called as the options are."""
     given = _begin(context)
-    given.pop("debug", None)
-    as_json = given.pop("json", False)
-    if kind in ("fuse", "export") and "output" not in given:
-        raise RecipeError("`--output` is missing", hint="name the adapter folder to write with --output DIR")
-    if kind == "switch" and "to" not in given:
-        raise RecipeError("`--to` is missing", hint="--to ADAPTER puts that one in, --to none gives the base back")
-    if kind == "export" and given.pop("format") != "lora":
-        raise RecipeError(f"format `{context.params['format']}` must be `lora`")
+    if kind in ("fuse", "export"):
+        _needed(given, "output", "name the adapter folder to write with --output DIR")
+    if kind == "switch":
+        _needed(given, "to", "--to ADAPTER puts that one in, --to none gives the base back")
+    if kind == "export" and (format := given.pop("format", "lora")) != "lora":
+        raise RecipeError(f"format `{format}` must be `lora`")
     if kind == "fuse":
         given["adapters"] = _weighted(given["adapters"])
-    with redirect_stdout(sys.stderr):
-        if kind == "list":
-            from secateur.recipe.adapter_list import list_adapters
+    with _working() as progress:
+        from secateur.recipe import adapters as acting
 
-            found = list_adapters(**given)
-        else:
-            from secateur.recipe import adapters as acting
-            from secateur.terminal import progress
-
-            name = "export_lora_adapter" if kind == "export" else kind
-            with progress(sys.stderr) as show:
-                result = getattr(acting, name)(progress=show, **given)
-            found = result if isinstance(result, dict) else result.report
+        name = "export_lora_adapter" if kind == "export" else kind
+        result = getattr(acting, name)(progress=progress, **given)
+    found = result if isinstance(result, dict) else result.report
     _warn(found)
-    _show({"list": "adapters", "export": "adapter"}.get(kind, kind), found, as_json)
+    _show({"export": "adapter"}.get(kind, kind), found, context.params["json"])
 
 
 def _weighted(texts: Sequence[str]) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """The options of the command line, each declared once; every long one is a key of a recipe with dashes.
 
 None means "not given": defaults live in the recipe schema alone, and what stands in the help here is checked by a test.
+What several commands take stands in a group at the end, and `takes` gives groups to a command.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -342,6 +345,10 @@ RunFolder = Annotated[
     str | None, _option("--run", help="Show the recipe, then run it in this folder.", panel=_OUT, metavar="DIR")
 ]
 Output = Annotated[str | None, _option("--output", "-o", help="Folder to write.", panel=_OUT, metavar="DIR")]
+DemoFolder = Annotated[
+    str | None, _option("--output", "-o", help="Folder to write.", panel=_OUT, metavar="DIR", default="demo")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer samples and epochs: a minute, worse numbers.")]
 Format = Annotated[
     str | None,
     _option("--format", help="How to write it.", panel=_OUT, metavar="checkpoint|bitmask", default="checkpoint"),
@@ -379,7 +386,9 @@ FillZeros = Annotated[bool, _option("--fill-zeros", help="Let the update fill ze
 KeepMask = Annotated[
     bool, _option("--keep-mask", help="Set zeros that the update filled to zero again.", panel=_METHOD)
 ]
-AdapterFormat = Annotated[str, _option("--format", help="How to write it.", panel=_OUT, metavar="lora", default="lora")]
+AdapterFormat = Annotated[
+    str | None, _option("--format", help="How to write it.", panel=_OUT, metavar="lora", default="lora")
+]
 
 Revision = Annotated[
     str | None, _option("--revision", help="Commit, branch or tag of a Hub id.", panel=_OPEN, metavar="NAME")
@@ -388,3 +397,77 @@ AllowPickle = Annotated[bool, _option("--allow-pickle", help="Read .bin weights.
 TrustRemoteCode = Annotated[
     bool, _option("--trust-remote-code", help="Run code the model brings; needs --revision.", panel=_OPEN)
 ]
+
+# groups, by the names that the arguments have in the API
+LINEARS = {"ignore": Ignore, "include": Include, "override": Override}
+PRUNING = {
+    "refit": Refit,
+    "one_pass": OnePass,
+    "error_correction": ErrorCorrection,
+    "no_guard": NoGuard,
+    "freeze_zeros": FreezeZeros,
+    **LINEARS,
+}
+TEXT = {"field": Field, "skip_bad": SkipBad}
+CALIBRATION = {"calibration": Calibration, "samples": Samples, "length": Length, **TEXT, "batch_tokens": BatchTokens}
+LEARNING = {
+    "data": Data,
+    "evaluation": Evaluation,
+    "instruction_field": InstructionField,
+    "response_field": ResponseField,
+    "field": DataField,
+    "skip_bad": SkipRecords,
+    "length": SequenceLength,
+    "packing": Packing,
+    "whole_loss": WholeLoss,
+}
+TRAINING = {
+    "adapter": Adapter,
+    "set": Set,
+    "steps": Steps,
+    "epochs": Epochs,
+    "batch_size": TrainBatch,
+    "accumulation": Accumulation,
+    "learning_rate": LearningRate,
+    "schedule": ScheduleOption,
+    "warmup": Warmup,
+    "optimizer": OptimizerOption,
+    "around": Around,
+    "gradient_checkpointing": GradientCheckpointing,
+    "bf16": Bf16,
+    "compact_state": CompactState,
+    "evaluate_every": EvaluateEvery,
+    "log_every": LogEvery,
+    "save_every": SaveEvery,
+}
+MACHINE = {"device": Device, "dtype": Dtype}
+MACHINE_AND_SEED = {"seed": Seed, **MACHINE}
+SWEEPING = {**MACHINE_AND_SEED, "offload": Offload, "nonfinite": Nonfinite, "fallback": Fallback}
+STOPPING = {"max_minutes": MaxMinutes, "strict": Strict, "dry_run": DryRun}
+OUTPUT = {"output": Output, "overwrite": Overwrite}
+RESUMABLE = {"output": Output, "resume": Resume, "overwrite": Overwrite}
+SHOWING = {"json": Json, "debug": Debug}
+OPENING = {"revision": Revision, "allow_pickle": AllowPickle, "trust_remote_code": TrustRemoteCode}
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def takes(*groups: Mapping[str, Any], **more: Any) -> Callable[[_Command], _Command]:
+    """Give the options of `groups`, and `more`, to a command in place of its `**options`.
+
+    A switch is False where it is not given, anything else None.
+    """
+
+    def declare(command: _Command) -> _Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
+        for name, option in {key: value for group in (*groups, more) for key, value in group.items()}.items():
+            default = False if get_args(option)[0] is bool else None
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
+            )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return declare
