@@ -8,7 +8,6 @@ models/         the pruned models, where they are kept
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any, Self
 from secateur.core.errors import ResourceError, StateError
 from secateur.core.faults import hit
 from secateur.recipe.comparison import Row
+from secateur.recipe.job import digest_of
 from secateur.recipe.report import finite, write_text
 from secateur.recipe.run import differing, locked
 
@@ -71,8 +71,7 @@ class CompareFolder:
 
     def key(self, settings: Mapping[str, Any]) -> str:
         """Return what tells a row, or a part of one, from any other: a digest of all that decides it."""
-        text = json.dumps({"common": self.common, "row": settings}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of({"common": self.common, "row": settings})
 
     def state(self, settings: Mapping[str, Any]) -> Path:
         """Return where work on a row keeps its finished blocks."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import RecipeError, ResourceError, StateError
+from secateur.core.errors import RecipeError, StateError
 from secateur.core.pattern import parse_pattern
 from secateur.engine.budget import assign, divide, divides_model
 from secateur.engine.journal import Journal
@@ -23,9 +23,9 @@ from secateur.models.blocks import find_blocks
 from secateur.models.files import save_model
 from secateur.models.publish import publish
 from secateur.recipe import stages
-from secateur.recipe.build import describe
 from secateur.recipe.compare_folder import CompareFolder
 from secateur.recipe.comparison import Row
+from secateur.recipe.plan_folder import plan_folder
 
 if TYPE_CHECKING:
     from secateur.recipe.compare import Comparing
@@ -114,12 +114,7 @@ class Solved:
             planning = planning_of(row.plan, model, patterns, general, list(given["overrides"] or ()))
             planned = Sweep(**{**vars(sweep), "patterns": patterns, "pruner": row.method})
             budget = planning.budget(planned, model)
-            alike = {"plan": describe(row.plan), "pattern": str(row.pattern), "scope": budget.scope}
-            kept = self.folder.plans / self.folder.key(alike)[:24]
-            try:
-                kept.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ResourceError(f"the folder `{kept}` cannot be made: {error.strerror}") from error
+            kept = plan_folder(self.folder.plans, row.plan, budget, {"common": self.folder.common})
             plan = planning.run(planned, model, ids, keep, folder=kept, progress=self.run.show)
             self.planning[self.key(row)] = plan.seconds
             if plan.masks is not None or plan.weights:

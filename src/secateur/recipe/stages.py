@@ -34,6 +34,7 @@ from secateur.recipe.build import build_method, describe
 from secateur.recipe.finetune import finetune, sparsity_beneath
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.recipe.opening import load, modes_back
+from secateur.recipe.sweep_run import SweepRun
 
 __all__ = ["Result", "evaluate", "export", "finetune", "inspect", "load", "prune", "tune"]
 
@@ -184,7 +185,7 @@ def prune(
         "fallback": fallback,
         "overrides": {name: None if wanted is None else str(wanted) for name, wanted in (overrides or {}).items()},
     }
-    return job.run(sweep, data, settings, None, planning)
+    return SweepRun(job, sweep, data, settings, planning=planning).run()
 
 
 @modes_back("teacher")
@@ -266,7 +267,7 @@ def tune(
         "ignore": list(ignore),
         "nonfinite": nonfinite,
     }
-    return job.run(sweep, data, settings, job.teacher)
+    return SweepRun(job, sweep, data, settings, job.teacher).run()
 
 
 @modes_back()
