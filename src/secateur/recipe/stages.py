@@ -31,7 +31,8 @@ from secateur.models.files import save_model
 from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
-from secateur.recipe.finetune import finetune, sparsity_beneath
+from secateur.recipe.finetune import finetune
+from secateur.recipe.finetune_run import sparsity_beneath
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.recipe.opening import load, modes_back
 from secateur.recipe.sweep_run import SweepRun
