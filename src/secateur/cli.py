@@ -20,6 +20,7 @@ import typer
 
 from secateur import options as o
 from secateur.core.errors import RecipeError
+from secateur.core.processes import is_first
 from secateur.failures import exit_code, silence
 from secateur.printing import printable, printable_lines, show
 from secateur.stopping import stoppable
@@ -417,7 +418,7 @@ def _working() -> Iterator[Progress]:
     """Show progress on stderr, where everything else that is printed goes too; results alone go to stdout."""
     from secateur.terminal import progress
 
-    with redirect_stdout(sys.stderr), progress(sys.stderr if _is_first() else io.StringIO()) as shown:
+    with redirect_stdout(sys.stderr), progress(sys.stderr if is_first() else io.StringIO()) as shown:
         yield shown
 
 
@@ -454,14 +455,9 @@ def _stage(kind: str, context: typer.Context) -> None:
     found = result if isinstance(result, dict) else result.report
     if call.get("dry_run"):
         found = {**found, "arguments": recipe.resolved()["stages"][0][kind]}
-    if _is_first():
+    if is_first():
         _warn(found)
         _show(kind, found, context.params["json"])
-
-
-def _is_first() -> bool:
-    """Return whether this process is alone, or the first of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _adapter_command(kind: str, context: typer.Context) -> None:

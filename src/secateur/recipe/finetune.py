@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from secateur.core.errors import RecipeError
+from secateur.core.processes import is_first
 from secateur.core.progress import Progress
 from secateur.data.instructions import Examples, load_examples
 from secateur.recipe.build import build_method
 from secateur.recipe.finetune_folder import refuse_output
-from secateur.recipe.finetune_run import FinetuneRun, is_first
+from secateur.recipe.finetune_run import FinetuneRun
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.train.sharding import accelerate_settings, check_sharding, is_asked_for
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import RecipeError, StateError, TimeLimitReached
+from secateur.core.processes import is_first, process_count
 from secateur.core.versions import versions
 from secateur.data.instructions import Examples
 from secateur.engine.memory import peak_memory
@@ -43,11 +43,6 @@ if TYPE_CHECKING:
     from secateur.train.training import Training
 
 SELECTING = 32  # examples that a selection by activations or gradients reads
-
-
-def is_first() -> bool:
-    """Return whether this process is alone, or the first of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -149,7 +144,7 @@ class FinetuneRun:
             "model": job.identity() if job.options["output"] is not None else {},
             **{name: report[name] for name in ("data", "evaluation", "dtype")},
             "device": job.device.type,
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": process_count(),
             **({"shards": True} if is_asked_for() else {}),
             "versions": report["versions"],
         }
