@@ -34,8 +34,9 @@ from secateur.core.pattern import parse_pattern
 from secateur.data.calibration import sample
 from secateur.data.text import load_text
 from secateur.methods.block_tuners.ebft import EBFT
-from secateur.models.blocks import capture, find_blocks, run_block
+from secateur.models.blocks import find_blocks
 from secateur.models.calls import BlockCall
+from secateur.models.skeleton import capture, run_block
 
 SEED = 0
 STEP_GATE, RACE_GATE = 1.05, 2.0

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secateur.core.errors import InputError
-from secateur.models.blocks import capture, find_blocks
+from secateur.models.blocks import find_blocks
 from secateur.models.calls import BlockCall, cast, settle
+from secateur.models.skeleton import capture
 
 
 def test_rows_cut_only_where_the_sequences_lie():

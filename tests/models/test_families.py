@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from families import FAMILIES, prepared
-from secateur.models.blocks import capture, check_replay, find_blocks, run_block
+from secateur.models.blocks import find_blocks
 from secateur.models.experts import is_experts, pack_experts_, unpack_experts_
 from secateur.models.linears import find_all_linears, find_linears
+from secateur.models.skeleton import capture, check_replay, run_block
 
 EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss"]
 COUNTS = {

@@ -16,10 +16,11 @@ from secateur.core.faults import hit
 from secateur.core.progress import Progress, step
 from secateur.engine.activations import Activations, Offload
 from secateur.engine.stream import WorkingBlock
-from secateur.models.blocks import Blocks, capture, replay_tail, run_block
+from secateur.models.blocks import Blocks
 from secateur.models.calls import BlockCall
 from secateur.models.linears import LinearView
 from secateur.models.pages import Mappings
+from secateur.models.skeleton import capture, replay_tail, run_block
 
 
 class BatchNotFinite(NumericError):

@@ -42,10 +42,11 @@ from secateur.engine.stream import (
     return_free_memory,
     write_back_,
 )
-from secateur.models.blocks import Blocks, find_blocks, run_block
+from secateur.models.blocks import Blocks, find_blocks
 from secateur.models.linears import OUTSIDE, LinearView
 from secateur.models.pages import Mappings
 from secateur.models.repair import zero_nonfinite_
+from secateur.models.skeleton import run_block
 
 if TYPE_CHECKING:
     from secateur.engine.sweep import Sweep
