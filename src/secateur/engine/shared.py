@@ -8,7 +8,6 @@ equals a sweep of its own, except those that look at no data at all.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,8 @@ from secateur.core.progress import Progress, Silent, step
 from secateur.engine.groups import Group, Groups
 from secateur.engine.journal import Journal
 from secateur.engine.lanes import in_step
-from secateur.engine.reports import BlockReport, LayerReport, SweepReport, to_json
+from secateur.engine.layer_solver import LayerSolver
+from secateur.engine.reports import BlockReport, LayerReport, to_json
 from secateur.engine.stream import WorkingBlock, changed_parameters
 from secateur.engine.sweep import Sweep
 from secateur.engine.traversal import Traversal
@@ -139,9 +139,7 @@ def solve_together(
 def _solve_block(walk: Traversal, index: int, case: Case, found: Mapping[str, Group], spent: float) -> None:
     """Solve the linears of one block for one case and store them."""
     started = time.perf_counter()
-    own = copy.copy(walk)
-    own.report = SweepReport()
-    own.settings = replace(walk.settings, patterns=case.patterns, pruner=case.pruner)
+    own = LayerSolver(replace(walk.settings, patterns=case.patterns, pruner=case.pruner), walk.blocks, walk.dtype)
     work = walk.work(index)
     masks = Masks()
     layers: list[LayerReport] = []
@@ -163,7 +161,7 @@ def _look(walk: Traversal, work: WorkingBlock, chosen: Sequence[LinearView]) -> 
     if not chosen:
         batches.sparse = batches.forward(work, batches.sparse)
         return {}
-    groups = Groups(walk.wanted(), batches.device, batches.keeps)
+    groups = Groups(walk.solver.wanted(), batches.device, batches.keeps)
     outputs = batches.sparse.like()
     found: dict[str, Group] = {}
     for batch in range(len(batches)):

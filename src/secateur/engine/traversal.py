@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.contracts import BlockTask, BlockTuner, Pruner, Tuned
+from secateur.core.contracts import BlockTask, BlockTuner, Tuned
 from secateur.core.errors import (
     InputError,
-    NumericError,
     RecipeError,
     SecateurError,
     TimeLimitReached,
 )
 from secateur.core.faults import hit
-from secateur.core.linalg import corrected_target, is_finite
 from secateur.core.mask import Masks
 from secateur.core.problem import LayerProblem
 from secateur.core.progress import Progress, step
-from secateur.core.solve import solve
 from secateur.engine.activations import Activations
 from secateur.engine.batches import Batches
 from secateur.engine.calibrate import at_once, beside_dense, in_sequence
 from secateur.engine.groups import Group
 from secateur.engine.journal import Journal, generator_for
+from secateur.engine.layer_solver import LayerSolver
 from secateur.engine.mishaps import Mishaps
 from secateur.engine.movable import Movable, pattern_of_mask
 from secateur.engine.outside import Largest, Outside, statistics
@@ -43,7 +41,7 @@ from secateur.engine.stream import (
     write_back_,
 )
 from secateur.models.blocks import Blocks, find_blocks
-from secateur.models.linears import OUTSIDE, LinearView
+from secateur.models.linears import LinearView
 from secateur.models.pages import Mappings
 from secateur.models.repair import zero_nonfinite_
 from secateur.models.skeleton import run_block
@@ -106,6 +104,7 @@ class Traversal:
         )
         self.mishaps = Mishaps(self.batches, skip=settings.nonfinite == "skip-batch")
         self.report = SweepReport()
+        self.solver = LayerSolver(settings, self.blocks, self.dtype, self.report.warnings)
         if settings.nonfinite == "zero":
             self.report.warnings += zero_nonfinite_(model)
 
@@ -143,8 +142,8 @@ class Traversal:
                 with torch.no_grad():
                     work = self.work(index)
                     chosen = [linear for linear in work.linears if linear.name in self.settings.patterns]
-                    for linear, group in at_once(self.batches, work, chosen, self.wanted()):
-                        yield linear.name, self.problem(linear, group)
+                    for linear, group in at_once(self.batches, work, chosen, self.solver.wanted()):
+                        yield linear.name, self.solver.problem(linear, group)
                     self.batches.sparse = self.batches.forward(work, self.batches.sparse)
                 self.release(index)
                 self.progress.advance(number, 1)
@@ -215,7 +214,7 @@ class Traversal:
             if masks:
                 tuned = self.tune(tuner, work, masks, targets, tell)
             tell(1.0)
-        self.round_(work, masks)
+        self.solver.round_(work, masks)
         if not last and (tuner is not None or outputs is None):
             outputs = None  # freed before the next ones take its place
             outputs = batches.forward(work, batches.sparse)
@@ -244,7 +243,7 @@ class Traversal:
             return found
 
         def decide(linear: LinearView, group: Group) -> None:
-            report, mask = self.solve(linear, group, pruner)
+            report, mask = self.solver.solve(linear, group, pruner)
             found.layers.append(report)
             found.masks[linear.name] = mask
             advance(1 / len(chosen))
@@ -254,12 +253,12 @@ class Traversal:
                 found.dense = batches.forward(dense, batches.dense)  # later blocks aim at what leaves this one
             advance(1.0)
         elif self.settings.error_correction and dense is not None:
-            found.outputs, found.dense = beside_dense(batches, work, dense, chosen, self.wanted(), decide)
+            found.outputs, found.dense = beside_dense(batches, work, dense, chosen, self.solver.wanted(), decide)
         elif self.settings.sequential:
             finish = self.settings.tuner is None
-            found.outputs = in_sequence(batches, work, chosen, self.wanted(), decide, finish=finish)
+            found.outputs = in_sequence(batches, work, chosen, self.solver.wanted(), decide, finish=finish)
         else:
-            for linear, group in at_once(batches, work, chosen, self.wanted()):
+            for linear, group in at_once(batches, work, chosen, self.solver.wanted()):
                 decide(linear, group)
         return found
 
@@ -273,8 +272,8 @@ class Traversal:
         weights: dict[str, Tensor] = {}
         for linear in outside.linears:
             embedding = linear.class_name == "Embedding"
-            group = statistics(self.batches, linear, self.wanted())
-            report, mask = self.solve(linear, group, Largest() if embedding else pruner)
+            group = statistics(self.batches, linear, self.solver.wanted())
+            report, mask = self.solver.solve(linear, group, Largest() if embedding else pruner)
             layers.append(report)
             masks[linear.name] = mask
             weights[names[id(linear.parameter)]] = linear.parameter.detach()
@@ -282,67 +281,6 @@ class Traversal:
         if self.journal is not None:
             write_back_(self.model, self.journal.add(weights, masks, to_json(whole), {}).weights, assign=True)
         self.account(whole, masks)
-
-    def solve(self, linear: LinearView, group: Group, pruner: Pruner) -> tuple[LayerReport, Tensor]:
-        """Prune one linear of the working copy, in its storage dtype's precision."""
-        hit("sweep.solve")
-        problem = self.problem(linear, group)
-        dense = problem.weight if problem.dense is None else problem.dense
-        notes: tuple[str, ...] = ()
-        if not group.stats.count and linear.class_name != "Embedding":
-            notes = ("no calibration token reached it, so all inputs counted alike",)
-        refit = self.settings.refit and problem.gram is not None
-        try:
-            result = solve(pruner, problem, refit=refit, guard=self.settings.guard, name=linear.name)
-        except NumericError as error:
-            if self.settings.fallback != "diag" or problem.gram is None or not is_finite(problem.gram):
-                raise
-            notes += (f"degraded: solved on the diagonal of its Gram matrix, because {error.args[0]}",)
-            self.report.warnings.append(f"`{linear.name}` is degraded: {error.args[0]}")
-            simple = replace(problem, gram=torch.diag(problem.gram.diagonal()), shared={})
-            result = solve(pruner, simple, refit=refit, guard=self.settings.guard, name=linear.name)
-        linear.write(result.pruned.weight.to(self.stored_dtype(linear)).to(self.dtype))
-        mask = result.pruned.mask
-        report = LayerReport(
-            linear.name,
-            linear.block,
-            (dense.shape[0], dense.shape[1]),
-            1 - int(mask.sum()) / mask.numel(),
-            str(problem.pattern),
-            result.loss_before,
-            result.loss_after,
-            result.seconds,
-            notes + result.notes,
-        )
-        return report, mask
-
-    def problem(self, linear: LinearView, group: Group) -> LayerProblem:
-        """Return the layer problem of `linear` with the statistics of its inputs."""
-        dense = linear.read().to(self.settings.device, torch.float32)
-        if not bool(torch.isfinite(dense).all()):
-            bad = int((~torch.isfinite(dense)).sum())
-            raise NumericError(f"{bad} values of the weight of `{linear.name}` are NaN or infinite")
-        statistics = group.statistics()
-        target = dense
-        if "cross" in statistics and group.stats.count:
-            target = corrected_target(dense, statistics["cross"], statistics["gram"])
-        return LayerProblem(
-            weight=target,
-            pattern=self.settings.patterns[linear.name],
-            gram=statistics.get("gram"),
-            diag=statistics.get("diag"),
-            mean=statistics.get("mean"),
-            frozen=self.frozen(linear, dense),
-            dense=dense if target is not dense else None,
-            shared=group.shared,
-        )
-
-    def frozen(self, linear: LinearView, dense: Tensor) -> Tensor | None:
-        """Return what must be zero in the weight of `linear`, or None if that is up to the pruner."""
-        masks = self.settings.masks
-        if masks is not None and linear.name in masks:
-            return ~masks[linear.name].to(dense.device)
-        return (dense == 0) if self.settings.freeze_zeros else None
 
     def tune(
         self, tuner: BlockTuner, work: WorkingBlock, masks: Masks, targets: Activations, tell: Callable[[float], None]
@@ -423,23 +361,6 @@ class Traversal:
         for name, mask in masks.items():
             self.report.masks[name] = mask
 
-    def round_(self, work: WorkingBlock, masks: Masks) -> None:
-        """Bring the working copy to the precision it will be stored in, its zeros to true zeros."""
-        original = dict(self.blocks.modules[work.index].named_parameters())
-        stored = next(iter(original.values())).dtype
-        if stored != self.dtype:
-            for parameter in work.module.parameters():
-                parameter.data = parameter.data.to(stored).to(self.dtype)
-        for linear in work.linears:
-            if linear.name in masks:
-                linear.write(linear.read().masked_fill(~masks[linear.name].to(linear.read().device), 0.0))
-
-    def stored_dtype(self, linear: LinearView) -> torch.dtype:
-        """Return the dtype that the model keeps the weights of this linear in."""
-        if linear.block == OUTSIDE:
-            return linear.parameter.dtype
-        return next(self.blocks.modules[linear.block].parameters()).dtype
-
     def dense_work(self, index: int) -> WorkingBlock:
         """Return a copy of the dense block: the teacher's, or the model's own before it is pruned."""
         return self.work(index, self.teacher)
@@ -447,13 +368,3 @@ class Traversal:
     def work(self, index: int, blocks: Blocks | None = None) -> WorkingBlock:
         """Return a working copy of block `index` of the model, or of other `blocks`."""
         return borrow(blocks or self.blocks, index, self.settings.device, self.dtype, self.settings.ignore)
-
-    def wanted(self) -> set[str]:
-        """Return the statistics that this sweep collects."""
-        pruner = self.settings.pruner
-        wanted = set(pruner.needs) if pruner is not None else set()
-        if self.settings.refit or self.settings.error_correction:
-            wanted.add("gram")
-        if self.settings.error_correction:
-            wanted.add("cross")
-        return wanted
