@@ -8,6 +8,7 @@ parameters as each of them.
 - `step`: forward, backward and a fused AdamW step on 4 x 256 tokens. `saved_ratio` compares all bytes kept for
   backward. S2FT does not keep the activations of gated MLPs, which any training could do without: `plain_saved_ratio` is
   without that, and `own_saved_ratio` what the adapters alone keep beyond the frozen model with gradients flowing through.
+  *Whole channels* are columns of `down` with the rows of `up` and `gate` that fill them (`coupled`).
 
     OMP_NUM_THREADS=1 python benchmarks/bench_s2ft.py [--quick]
 """
@@ -78,6 +79,11 @@ def s2ft(model: nn.Module, columns: int, adapters: tuple[str, ...] = ("default",
     return model
 
 
+def coupled(model: nn.Module, columns: int) -> PeftModel:
+    """Return `model` with an S2FT adapter that trains channels with the rows that fill them, as many values."""
+    return get_peft_model(model, S2ftConfig(o=0, down=columns // 3, coupled=True, init_weights=False))
+
+
 def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -132,9 +138,11 @@ def bench_steps(blocks: int, repeats: int) -> None:
     )
     frozen = saved_bytes(copy.deepcopy(plain).requires_grad_(False), batches[0], flowing=True)
     base = {"blocks": blocks, "tokens": "4 x 256"}
-    for name, targets in TARGETS.items():
+    cases = [(name, "", targets, s2ft) for name, targets in TARGETS.items()]
+    cases.append(("all linears", ", whole channels", TARGETS["all linears"], coupled))
+    for name, kind, targets, adapted in cases:
         other = lora(copy.deepcopy(plain), targets)
-        ours = s2ft(copy.deepcopy(plain), round(trainable(other) / blocks / HIDDEN))
+        ours = adapted(copy.deepcopy(plain), round(trainable(other) / blocks / HIDDEN))
         kept = [saved_bytes(model, batches[0]) for model in (other, ours)]
         as_others = copy.deepcopy(ours)
         keep_activations_(as_others)
@@ -142,7 +150,7 @@ def bench_steps(blocks: int, repeats: int) -> None:
         times = compare(stepper(other, batches), stepper(ours, batches), repeats=repeats)
         report(
             "s2ft step",
-            f"against LoRA r={RANK} on {name}",
+            f"against LoRA r={RANK} on {name}{kind}",
             times,
             quality={
                 "trainable_ratio": round(trainable(ours) / trainable(other), 4),
@@ -162,7 +170,7 @@ def bench_steps(blocks: int, repeats: int) -> None:
             whole = saved_bytes(full, batches[0])
             report(
                 "s2ft step",
-                "against full fine-tuning",
+                f"against full fine-tuning{kind}",
                 times,
                 quality={"saved_ratio": round(kept[1] / whole, 3)},
                 gate=FULL_GATE,
