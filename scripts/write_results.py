@@ -67,14 +67,16 @@ FINETUNE = """## Fine-tuning a sparse model
 SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions, packed, {tokens} tokens a step, with
 about as many trained values for each adapter. *learned* says whether the loss counts questions and answers or answers alone;
 *held out* is that loss of questions that nobody was trained on. Perplexity is that of the first {windows} windows of the
-WikiText-2 test text, another domain; accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, {documents} questions
-each, so differences of a few points mean nothing; rows that were measured on less text leave them out. Merged and unmerged
-logits differ by at most {difference:.0e} of the largest, for adapters of ours by {ours:.0e}. The command, with
-`--completion-only` and `--set` where a row says so:
+WikiText-2 test text, another domain; accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, with the
+number of all questions, so differences of a few points mean nothing; rows that were measured on less text leave them out.
+Merged and unmerged logits differ by at most {difference:.0e} of the largest, for adapters of ours by {ours:.0e}. The command,
+with `--completion-only` and `--set` where a row says so:
 
     python benchmarks/quality_finetune.py MODEL --data SFT.jsonl --evaluation EVAL.txt --tasks TASK.jsonl ... \\
-        --steps N --windows {windows} --documents {documents} --learning-rate spp=8e-3 masked_lora=1e-3 ... --rows ROW
+        --steps N --windows {windows} --documents N --learning-rate spp=8e-3 masked_lora=1e-3 ... --rows ROW
 """
+
+ENOUGH = 100  # questions that an accuracy is worth showing for
 
 RATIOS = """## Speed
 
@@ -208,11 +210,10 @@ def finetuning() -> str:
     if not lines:
         return ""
 
-    def alike(line: dict[str, Any], name: str) -> float | None:
-        """Return a value that was measured on as much text as the others, else None."""
-        same = all(line[one] == lines[0][one] for one in ("windows", "documents"))
-        value: float | None = line[name] if same else None
-        return value
+    def answered(line: dict[str, Any]) -> str:
+        """Return the accuracy with how many questions it comes from, nothing where they are few."""
+        questions = line["documents"] * len(line["tasks"])
+        return f"{line['accuracy']:.3f} of {questions}" if questions >= ENOUGH else ""
 
     def digits(value: float | None, places: int) -> str:
         return "" if value is None else f"{value:.{places}f}"
@@ -233,8 +234,8 @@ def finetuning() -> str:
             f"{line['sparsity']:.4f}",
             digits(line.get("held_out_before"), 3),
             digits(line.get("held_out_after"), 3),
-            digits(alike(line, "perplexity"), 1),
-            digits(alike(line, "accuracy"), 3),
+            digits(line["perplexity"] if line["windows"] == lines[0]["windows"] else None, 1),
+            answered(line),
         ]
         for line in lines
     ]
@@ -243,7 +244,6 @@ def finetuning() -> str:
     words = FINETUNE.format(
         tokens=first["tokens_per_step"],
         windows=first["windows"],
-        documents=first["documents"],
         difference=max(line.get("logits_difference") or 0.0 for line in lines),
         ours=max(line.get("logits_difference") or 0.0 for line in lines if not line["row"].startswith("lora")),
     )
