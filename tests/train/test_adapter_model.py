@@ -52,7 +52,7 @@ def test_blocks_may_be_chosen_without_naming_linears(kind, tmp_path):
     assert blocks(adapted) == {1, 2}
     adapted.save_pretrained(tmp_path)
     assert blocks(PeftModel.from_pretrained(sparse_llama(layers=4), tmp_path)) == {1, 2}
-    with pytest.raises(RecipeError, match="layers_to_transform.* names block 7, .* blocks 0 to 1|selects no unit"):
+    with pytest.raises(RecipeError, match=r"names block 7, .* blocks 0 to 1|selects no unit"):
         adapt(sparse_llama(), config_of(kind, layers_to_transform=[1, 7] if kind != "s2ft" else [7]))
 
 

@@ -57,7 +57,7 @@ class Trained:
 
     Attributes:
         steps: that were taken, those of earlier parts of a resumed run included.
-        losses: `{"step", "loss", "learning_rate", "grad_norm"}` every `log_every` steps.
+        losses: `{"step", "loss", "learning_rate", "grad_norm"}` every `log_every` steps, of the first and of the last one.
         evaluations: `{"step", "loss"}`.
         examples: that were trained on: sequences, after packing.
         dropped: examples of which `length` left no token to learn.
