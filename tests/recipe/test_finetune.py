@@ -217,6 +217,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_the_last_step_breaks_are_not_published(sparse, tmp_path):
+    settings = SHORT | {"steps": 1, "save_every": 1, "warmup": 0.0, "adapter": None, "output": tmp_path / "out"}
+    with pytest.raises(NumericError, match=r"a trained weight became NaN .* at step 1 of 1; no checkpoint") as caught:
+        secateur.finetune(sparse, dtype="float16", **settings)  # AdamW's states vanish, and it divides by them
+    assert "bfloat16" in caught.value.hint
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_time_that_is_over_ends_the_run_with_a_checkpoint_to_go_on_from(sparse, tmp_path):
     settings = SHORT | {"output": tmp_path / "out", "adapter": ADAPTERS["spp"]}
     with pytest.raises(TimeLimitReached, match="after 1 steps"):
