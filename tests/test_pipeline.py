@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError
+from secateur.core import faults
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
 from secateur.recipe.run import run
 
@@ -164,6 +165,16 @@ SETTINGS = {
     "samples": 16,
     "length": 128,
 }
+
+
+def test_the_seconds_of_a_run_that_goes_on_are_those_of_all_its_parts(trained_folder, tmp_path, monkeypatch):
+    settings = {"method": "magnitude", "pattern": "50%", "output": tmp_path / "out"}
+    faults.forget()
+    monkeypatch.setenv("SECATEUR_FAULT", "sweep.solve:1:sleep=1")
+    with pytest.raises(TimeLimitReached):
+        secateur.prune(trained_folder, max_minutes=0, **settings)
+    monkeypatch.delenv("SECATEUR_FAULT")
+    assert secateur.prune(trained_folder, resume=True, **settings).report["seconds"] > 1
 
 
 def command(trained_folder, output, *extra):

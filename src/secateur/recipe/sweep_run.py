@@ -77,7 +77,7 @@ class SweepRun:
         job.warnings += [*self.data.notes, *done.warnings]
         report |= {
             "sparsity": done.sparsity,
-            "seconds": time.perf_counter() - job.started,
+            "seconds": time.perf_counter() - job.started + done.earlier_seconds,
             "peak_memory_bytes": peak_memory(job.device),
             **({"planned": {**self.planned, **self.plan_cost}} if self.planned is not None else {}),
             "layers": [
