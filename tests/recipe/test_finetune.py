@@ -387,6 +387,6 @@ def test_a_tokenizer_that_cannot_write_the_examples_is_an_error_in_words(sparse,
 def test_a_full_disk_at_a_checkpoint_is_an_error_of_its_own_kind(sparse, tmp_path, monkeypatch):
     faults.forget()
     monkeypatch.setenv(faults.VARIABLE, "train.seal:2:enospc")
-    with pytest.raises(ResourceError, match="no space"):
+    with pytest.raises(ResourceError, match="No space left"):
         secateur.finetune(sparse, adapter="masked_lora", output=tmp_path / "out", **SHORT | {"save_every": 1})
     assert last_whole(tmp_path / "out.unfinished" / "checkpoints").name == "checkpoint-1"

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, missing_extra
+from secateur.core.fetch import unwritable
 from secateur.core.progress import Progress, Silent
 from secateur.core.shards import is_sharded, local
 from secateur.data.instructions import Examples
 from secateur.train import sharding
 from secateur.train.callbacks import Deadline, LoggedAsAsked, Shown, tensorboard
-from secateur.train.checkpoints import Sealed, is_full_disk, last_whole
+from secateur.train.checkpoints import Sealed, full_disk, last_whole
 from secateur.train.fitting import (
     Fitted,
     check_tokenizer,
@@ -189,11 +190,12 @@ def train(
             if evaluation is not None and result.finished:
                 trainer.evaluate()
         except Exception as error:
-            if not is_full_disk(error, Path(settings.output_dir)):
+            if (full := full_disk(error, Path(settings.output_dir))) is None:
                 raise
+            refused = unwritable(Path(settings.output_dir), full)
             raise ResourceError(
-                f"a checkpoint cannot be written in `{settings.output_dir}`: no space is left on the device",
-                hint="free some disk space; --resume goes on from the last whole checkpoint, if there is one",
+                f"no checkpoint can be kept: {refused}",
+                hint=f"{refused.hint}; --resume goes on from the last whole checkpoint, if there is one",
             ) from error
         result.steps = trainer.state.global_step
         result.tokens = int(trainer._total_train_tokens)
