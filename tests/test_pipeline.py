@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError
+from secateur.core import faults
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
 from secateur.recipe.run import run
 
@@ -166,6 +168,35 @@ SETTINGS = {
 }
 
 
+def test_the_seconds_of_a_run_that_goes_on_are_those_of_all_its_parts(trained_folder, tmp_path, monkeypatch):
+    settings = {"method": "magnitude", "pattern": "50%", "output": tmp_path / "out"}
+    faults.forget()
+    monkeypatch.setenv("SECATEUR_FAULT", "sweep.solve:1:sleep=1")
+    with pytest.raises(TimeLimitReached):
+        secateur.prune(trained_folder, max_minutes=0, **settings)
+    monkeypatch.delenv("SECATEUR_FAULT")
+    assert secateur.prune(trained_folder, resume=True, **settings).report["seconds"] > 1
+
+
+def test_tuning_does_not_go_on_towards_another_teacher(trained_folder, tmp_path):
+    teacher = secateur.load(trained_folder).model
+    sparse = secateur.prune(teacher, method="magnitude", pattern="50%").model
+    settings = {"method": {"name": "ebft", "epochs": 1}, "calibration": torch.arange(64).reshape(4, 16)}
+    with pytest.raises(TimeLimitReached):
+        secateur.tune(sparse, teacher=teacher, output=tmp_path / "out", max_minutes=0, **settings)
+    other = copy.deepcopy(teacher)
+    other.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+    with pytest.raises(StateError, match="belongs to another run: teacher"):
+        secateur.tune(sparse, teacher=other, output=tmp_path / "out", resume=True, **settings)
+    secateur.tune(sparse, teacher=copy.deepcopy(teacher), output=tmp_path / "out", resume=True, **settings)
+
+
+def test_a_method_that_reads_no_text_warns_of_none(trained_folder):
+    assert secateur.prune(trained_folder, method="magnitude").report["warnings"] == []
+    warnings = secateur.prune(trained_folder, method="magnitude", calibration=torch.ones(1, 8)).report["warnings"]
+    assert warnings == ["no calibration text was read, because this method looks at weights alone"]
+
+
 def command(trained_folder, output, *extra):
     return [
         sys.executable, "-m", "secateur", "prune", str(trained_folder), "--method", "sparsegpt", "--pattern", "70%",
@@ -300,6 +331,8 @@ def test_weights_that_are_not_finite_are_set_to_zero_on_request(trained_folder, 
     )
     assert any("1 values of `model.layers.0.mlp.up_proj.weight`" in line for line in result.report["warnings"])
     assert files(tmp_path / "broken") == before
+    with pytest.raises(StateError, match="not everything was done as asked: 1 values"):  # with an output or without
+        secateur.prune(tmp_path / "broken", method="magnitude", nonfinite="zero", strict=True)
 
 
 def test_a_published_model_with_another_tokenizer_is_refused(pruned, tmp_path):

@@ -58,3 +58,10 @@ def test_a_view_packs_like_its_copy():
 def test_what_is_no_bool_matrix_is_refused(wrong):
     with pytest.raises(InputError, match="mask of `a` must be a bool matrix"):
         Masks({"a": wrong})
+
+
+def test_a_transposed_mask_is_packed_as_files_want_it():
+    mask = torch.rand(5, 19, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = pack_bits(mask.T.contiguous().T)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, pack_bits(mask))

@@ -62,6 +62,18 @@ def test_a_sweep_that_failed_anywhere_goes_on_to_the_same_bits(
     assert all(torch.equal(whole.masks[name], report.masks[name]) for name in whole.masks)
 
 
+def test_a_sweep_that_goes_on_counts_the_time_of_what_was_finished(sweep_of, tmp_path, monkeypatch):
+    faults.forget()
+    monkeypatch.setenv("SECATEUR_FAULT", "sweep.block:3:raise")
+    with pytest.raises(faults.InjectedError):
+        sweep_of(tmp_path / "state")
+    monkeypatch.delenv("SECATEUR_FAULT")
+    _, report = sweep_of(tmp_path / "state", resume=True)
+    assert report.earlier_seconds == sum(block.seconds for block in report.blocks[:2])
+    assert report.earlier_seconds > 0
+    assert sweep_of(None)[1].earlier_seconds == 0
+
+
 def test_a_full_disk_is_named_and_leaves_finished_blocks(sweep_of, tmp_path, monkeypatch):
     faults.forget()
     monkeypatch.setenv("SECATEUR_FAULT", "journal.write:5:enospc")

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from secateur.core import faults
 from secateur.core.errors import ResourceError, StateError
@@ -216,18 +218,23 @@ def test_recovering_waits_for_nobody(tmp_path):
         recover(tmp_path / "out")
 
 
-def test_a_file_size_limit_is_told_with_path_and_bytes(tmp_path):
+def save_tensor(path, data):
+    save_file({"x": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, path)
+
+
+@pytest.mark.parametrize(("write", "written"), [(Path.write_bytes, "1,500"), (save_tensor, "500")])
+def test_a_file_size_limit_is_told_with_path_and_bytes(tmp_path, write, written):
     make(tmp_path / "out", "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(ResourceError) as caught, publish(tmp_path / "out", True) as folder:
             (folder / "small").write_text("x" * 500)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            (folder / "big").write_bytes(bytes(5000))
+            write(folder / "big", bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"`{tmp_path / 'out'}` cannot be written: File too large" in str(caught.value)
-    assert "1,500 bytes were written" in str(caught.value)
+    assert f"({written} bytes were written" in str(caught.value)
     assert read(tmp_path / "out") == "old"
     assert names(tmp_path) == ["out"]
 

@@ -268,6 +268,24 @@ def test_kept_models_are_those_that_were_measured(small, tmp_path):
         assert not (tmp_path / statistics / "state").exists()
 
 
+@pytest.mark.parametrize("killed", ["publish.remove:1", "compare.row:2"])
+def test_a_kept_model_whose_row_was_cut_off_keeps_what_is_known_of_it(small, tmp_path, monkeypatch, killed):
+    settings = {"methods": ["wanda"], "keep_models": True, "strict": True}
+    faults.forget()
+    monkeypatch.setenv("SECATEUR_FAULT", f"{killed}:raise")
+    with pytest.raises(faults.InjectedError):
+        table(small, tmp_path / "cut", **settings)
+    monkeypatch.delenv("SECATEUR_FAULT")
+    resumed, whole = (table(small, tmp_path / name, resume=True, **settings)["rows"][1] for name in ("cut", "whole"))
+    assert resumed["layer_loss"] == whole["layer_loss"]
+    assert whole["layer_loss"] > 0
+    assert resumed["warnings"] == whole["warnings"]
+    assert resumed["perplexity"] == whole["perplexity"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
 def counting(monkeypatch):
     """Count the batches that go into statistics."""
     seen = []

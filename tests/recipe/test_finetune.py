@@ -217,6 +217,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_the_last_step_breaks_are_not_published(sparse, tmp_path):
+    settings = SHORT | {"steps": 1, "save_every": 1, "warmup": 0.0, "adapter": None, "output": tmp_path / "out"}
+    with pytest.raises(NumericError, match=r"a trained weight became NaN .* at step 1 of 1; no checkpoint") as caught:
+        secateur.finetune(sparse, dtype="float16", **settings)  # AdamW's states vanish, and it divides by them
+    assert "bfloat16" in caught.value.hint
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_time_that_is_over_ends_the_run_with_a_checkpoint_to_go_on_from(sparse, tmp_path):
     settings = SHORT | {"output": tmp_path / "out", "adapter": ADAPTERS["spp"]}
     with pytest.raises(TimeLimitReached, match="after 1 steps"):
@@ -232,7 +240,7 @@ def test_a_run_that_goes_on_is_logged_as_often_as_is_asked_for_now(sparse, tmp_p
     with pytest.raises(TimeLimitReached, match="after 1 steps"):
         secateur.finetune(sparse, max_minutes=0, **settings)
     report = secateur.finetune(sparse, resume=True, **settings | {"log_every": 2}).report
-    assert [line["step"] for line in report["losses"]] == [1, 2, 4]
+    assert [line["step"] for line in report["losses"]] == [1, 2, 4, 5]
 
 
 def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
@@ -379,6 +387,6 @@ def test_a_tokenizer_that_cannot_write_the_examples_is_an_error_in_words(sparse,
 def test_a_full_disk_at_a_checkpoint_is_an_error_of_its_own_kind(sparse, tmp_path, monkeypatch):
     faults.forget()
     monkeypatch.setenv(faults.VARIABLE, "train.seal:2:enospc")
-    with pytest.raises(ResourceError, match="no space"):
+    with pytest.raises(ResourceError, match="No space left"):
         secateur.finetune(sparse, adapter="masked_lora", output=tmp_path / "out", **SHORT | {"save_every": 1})
     assert last_whole(tmp_path / "out.unfinished" / "checkpoints").name == "checkpoint-1"

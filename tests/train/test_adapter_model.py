@@ -41,6 +41,21 @@ def test_targets_may_be_chosen_as_in_peft():
         config_of("spp", target_modules=".*q_proj", layers_to_transform=[0])
 
 
+@each_adapter
+def test_blocks_may_be_chosen_without_naming_linears(kind, tmp_path):
+    def blocks(model):
+        return {int(layer.name.split(".")[2]) for layer in adapted_linears(model)}
+
+    for targets, layers in ((None, 1), (None, [1]), ("all-linear", [1])):
+        assert blocks(adapt(sparse_llama(), config_of(kind, target_modules=targets, layers_to_transform=layers))) == {1}
+    adapted = adapt(sparse_llama(layers=4), config_of(kind, layers_to_transform=[1, 2]))
+    assert blocks(adapted) == {1, 2}
+    adapted.save_pretrained(tmp_path)
+    assert blocks(PeftModel.from_pretrained(sparse_llama(layers=4), tmp_path)) == {1, 2}
+    with pytest.raises(RecipeError, match=r"names block 7, .* blocks 0 to 1|selects no unit"):
+        adapt(sparse_llama(), config_of(kind, layers_to_transform=[1, 7] if kind != "s2ft" else [7]))
+
+
 def test_a_frozen_weight_that_is_trained_after_all_gets_its_gradient():
     for kind in ("spp", "masked_lora"):
         layer, _ = one_layer(kind)

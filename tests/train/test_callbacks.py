@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from secateur.train.callbacks import Deadline, Shown
+from secateur.train.callbacks import Deadline, LoggedAsAsked, Shown
 
 ARGUMENTS = SimpleNamespace(device=torch.device("cpu"))
 
@@ -54,3 +54,10 @@ def test_time_that_is_over_ends_a_run_that_has_steps_left_with_a_checkpoint(dead
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     over.on_step_end(ARGUMENTS, state(step), control)
     assert (over.is_over, control.should_save, control.should_training_stop) == (stops, stops, stops)
+
+
+@pytest.mark.parametrize(("step", "logs"), [(4, False), (5, True)])
+def test_the_last_step_is_logged_whatever_its_number(step, logs):
+    control = SimpleNamespace(should_log=False)
+    LoggedAsAsked().on_step_end(ARGUMENTS, state(step), control)
+    assert control.should_log is logs

@@ -29,6 +29,7 @@ def test_the_defaults_can_be():
         ({"log_every": 0}, "`log_every` is 0"),
         ({"save_every": -1}, "`save_every` is -1"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0.0, but must be a number above 0"),
+        ({"learning_rate": 1e39}, "above 0, and at most 3.4e"),
         ({"learning_rate": float("inf")}, "`learning_rate` is inf"),
         ({"warmup": float("nan")}, "`warmup` is nan, but must be a number of 0 or more"),
         ({"weight_decay": -0.1}, "`weight_decay` is -0.1"),

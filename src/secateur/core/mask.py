@@ -21,7 +21,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     Args:
         mask: bool `(rows, columns)`, moved to CPU if it is elsewhere.
     """
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1, bitorder="little"))
+    # contiguous, which files ask for: numpy would pack a transposed mask into a transposed table
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=1, bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:

@@ -53,6 +53,7 @@ class SweepReport:
         warnings: what did not go as planned, for the user.
         zeros: zeros in all linears of the blocks, pruned or not.
         size: entries of all linears of the blocks.
+        earlier_seconds: what the blocks took that an earlier part of the run had finished.
     """
 
     blocks: list[BlockReport] = field(default_factory=list)
@@ -60,6 +61,7 @@ class SweepReport:
     warnings: list[str] = field(default_factory=list)
     zeros: int = 0
     size: int = 0
+    earlier_seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:

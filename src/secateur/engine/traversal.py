@@ -163,6 +163,7 @@ class Traversal:
         batches, blocks = self.batches, len(self.blocks.names)
         stored = [self.journal.read(number) for number in range(self.journal.finished)]
         reports = [from_json(finished.report) for finished in stored]
+        self.report.earlier_seconds = sum(report.seconds for report in reports)
         self.mishaps.repeat([mishap for report in reports for mishap in report.mishaps])
         waiting = batches.paths() if len(stored) <= blocks else {}  # nothing is left to do behind the blocks
         states = {path: self.journal.hidden(path, len(batches)) for path in waiting}

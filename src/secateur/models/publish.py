@@ -21,11 +21,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from secateur.core import faults
 from secateur.core.errors import InputError, ResourceError, StateError
@@ -35,7 +38,8 @@ MANIFEST = "manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 FORMAT = "secateur output"
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # no space for what is written, one way or another
+_DISK_ERRORS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @contextmanager
@@ -64,14 +68,23 @@ def publish(output: Path, overwrite: bool) -> Iterator[Path]:
             yield fresh
             _seal(fresh)
             _swap(fresh, output)
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+        except (OSError, SafetensorError) as error:
+            found = as_os_error(error)
+            if found is None or found.errno not in _DISK_ERRORS:
                 raise
-            raise _disk_error(output, fresh, error) from error
+            raise _disk_error(output, fresh, found) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             if output.exists():
                 shutil.rmtree(_aside(output), ignore_errors=True)
+
+
+def as_os_error(error: BaseException) -> OSError | None:
+    """Return `error` if the system raised it, or the system's error that safetensors has put into words; else None."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def recover(output: Path) -> None:

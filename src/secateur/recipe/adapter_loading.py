@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.errors import InputError, NumericError, ResourceError, SecateurError, missing_extra
+from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, SecateurError, missing_extra
 from secateur.models.config_checks import check_code
 from secateur.models.folder_checks import TOKENIZER_FILES, check_file
 from secateur.models.hub import is_hub_id
@@ -83,6 +83,7 @@ def adapted(model: nn.Module, folder: AdapterFolder, name: str = "default") -> t
     what = f"the adapter `{folder.path}`"
     with warnings.catch_warnings(record=True) as caught, opening(what), _shapes_told(folder), quiet():
         warnings.simplefilter("always")
+        _config_of(folder)
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder.path), name, torch_device="cpu")
             wrapped: Any = model
@@ -107,8 +108,6 @@ def misfit(folder: AdapterFolder, model: nn.Module) -> str | None:
 
     Its record of shapes, values and zeros decides where it has one, else the names and shapes of its tensors.
     """
-    from peft import PeftConfig
-
     from secateur.methods.registry import register_adapters
     from secateur.train.adapter_base import check_base
     from secateur.train.adapter_config import AdapterConfig
@@ -117,7 +116,7 @@ def misfit(folder: AdapterFolder, model: nn.Module) -> str | None:
     try:
         with warnings.catch_warnings(), opening(f"`{folder.path / CONFIG}`"):
             warnings.simplefilter("ignore")
-            config = PeftConfig.from_pretrained(str(folder.path))
+            config = _config_of(folder)
         if isinstance(config, AdapterConfig):
             check_base(model, config)
     except SecateurError as error:
@@ -173,6 +172,20 @@ def tokenizer_of(folder: AdapterFolder, job: Job) -> Any:
             hint="the adapter is for another model, or was trained with new tokens whose embeddings were not saved",
         )
     return words
+
+
+def _config_of(folder: AdapterFolder) -> Any:
+    """Return PEFT's configuration of an adapter, whose method has checked its settings.
+
+    Raises:
+        InputError: a setting cannot be; it stands in a file here, not in what a user asked for.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(folder.path))
+    except RecipeError as error:
+        raise InputError(f"`{folder.path / CONFIG}` cannot be read: {error}", hint=error.hint) from error
 
 
 @contextmanager

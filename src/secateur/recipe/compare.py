@@ -288,7 +288,9 @@ class Comparing:
         arguments: dict[str, Any] = {name: self.given[name] for name in names.split()}
         if row.plan is not None:
             arguments |= {"plan": row.plan, "plans": folder.plans}
+        made: dict[str, Any] | None = None
         if self.given["keep_models"]:
+            made = folder.made(row)
             arguments |= {"output": folder.model(row), "overwrite": True}
             record["model"] = str(folder.model(row))
         else:
@@ -304,15 +306,11 @@ class Comparing:
             **arguments,
             **({} if self.live is not None else self.loading()),
         )
-        losses = [layer["loss_after"] for layer in result.report["layers"] if layer["loss_after"] is not None]
-        planned = result.report.get("planned") or {}
-        record |= {
-            # what a plan took counts in every row that it serves
-            "seconds": result.report["seconds"] + (planned["seconds"] if planned.get("again") else 0.0),
-            "peak_memory_bytes": result.report["peak_memory_bytes"],
-            "layer_loss": sum(losses) / len(losses) if losses else None,
-            "warnings": list(result.report["warnings"]),
-        }
+        if made is None or result.report["blocks"]:  # else it was found complete, and its report knows no losses
+            made = _made(result.report)
+            if self.given["keep_models"]:
+                folder.note(row, made)
+        record |= made
         return result.model
 
     def looks(self, row: Row) -> bool:
@@ -375,6 +373,19 @@ class Comparing:
         write_text(folder.path / "report.md", to_markdown(plain))
         write_text(folder.path / "rows.csv", to_csv(plain))
         return plain
+
+
+def _made(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row says of making its model, from the report of `prune`."""
+    losses = [layer["loss_after"] for layer in report["layers"] if layer["loss_after"] is not None]
+    planned = report.get("planned") or {}
+    return {
+        # what a plan took counts in every row that it serves
+        "seconds": report["seconds"] + (planned["seconds"] if planned.get("again") else 0.0),
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "layer_loss": sum(losses) / len(losses) if losses else None,
+        "warnings": list(report["warnings"]),
+    }
 
 
 def failure(error: Exception) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 compare.json    what all rows have in common: model, texts, settings, versions; the rows that are asked for
 rows.jsonl      one finished row on each line, in the order they were finished
-state/          blocks of the rows under way; gone at the end
+state/          blocks of the rows under way, and what kept models took to make; gone at the end
 models/         the pruned models, where they are kept
 """
 
@@ -86,6 +86,22 @@ class CompareFolder:
         """Return where the model of a row is kept."""
         words = re.sub(r"[^\w.=-]+", "-", row.label.replace(":", "of").replace("%", "pc")).strip("-.")
         return self.path / "models" / f"{words[:80]}-{self.key(row.settings())[:8]}"
+
+    def made(self, row: Row) -> dict[str, Any] | None:
+        """Return what the kept model of a row took to make, None if it is not known; such a model is deleted."""
+        found = _read(self._note(row))
+        if found is None:  # not there yet, or published just before a kill
+            shutil.rmtree(self.model(row), ignore_errors=True)
+        return found
+
+    def note(self, row: Row, made: Mapping[str, Any]) -> None:
+        """Remember what the kept model of a row took to make, while it is measured."""
+        path = self._note(row)
+        path.parent.mkdir(exist_ok=True)
+        _write(path, json.dumps(finite(made)) + "\n")
+
+    def _note(self, row: Row) -> Path:
+        return self.path / "state" / f"{self.key(row.settings())[:24]}.json"
 
     def add(self, row: Row, record: Mapping[str, Any]) -> None:
         """Store a finished row."""

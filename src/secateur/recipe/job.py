@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,16 +71,21 @@ class Job:
                     hint=f"merge it first: secateur merge {model} --output DIR",
                 )
         self.model.eval()
-        self.teacher = self._teacher(teacher) if stage == "tune" else None
+        self.teacher: nn.Module | None = None
+        self.teacher_identity: dict[str, Any] | None = None
+        if stage == "tune":
+            self.teacher, self.teacher_identity = self._teacher(teacher)
 
     def _load(self, spec: Any) -> Loaded:
         loading = ("dtype", "allow_pickle", "trust_remote_code", "revision")
         known = {name: self.options[name] for name in loading if name in self.options}
         return load(spec, progress=self.progress, **known)
 
-    def _teacher(self, teacher: Any) -> nn.Module:
+    def _teacher(self, teacher: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the dense model, and what tells it from any other where a run can be gone on with."""
         if isinstance(teacher, nn.Module):
-            return teacher.eval()
+            kept = self.options.get("output") is not None or self.options.get("state") is not None
+            return teacher.eval(), identity_of(teacher, None, type(teacher).__name__) if kept else {}
         if teacher is None:
             base = (self.side or {}).get("base_model", {}).get("spec")
             if not base:
@@ -87,18 +93,12 @@ class Job:
                     "the dense model that this one was pruned from is not known", hint="name it with --teacher MODEL"
                 )
             teacher = base
-        dense: nn.Module = self._load(teacher).model
-        return dense
+        dense = self._load(teacher)
+        return dense.model, identity_of(dense.model, dense.source, str(teacher))
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this model from any other."""
-        if self.source is not None:
-            return {"spec": self.spec, "fingerprint": self.source.fingerprint}
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return {"spec": self.spec, "fingerprint": digest.hexdigest()}
+        return identity_of(self.model, self.source, self.spec)
 
     def config(self) -> Any:
         """Return the configuration of the model's text part."""
@@ -128,7 +128,8 @@ class Job:
                 )
             if given is not None:
                 self.warnings.append("no calibration text was read, because this method looks at weights alone")
-            return from_ids(torch.zeros(1, 2, dtype=torch.int64), vocabulary=vocabulary)
+            unread = from_ids(torch.zeros(1, 2, dtype=torch.int64), vocabulary=vocabulary)
+            return replace(unread, notes=())  # what is wrong with tokens that nobody looks at is not worth a warning
         if isinstance(given, Calibration):
             return given
         if isinstance(given, Tensor):
@@ -156,6 +157,17 @@ class Job:
                 f"the files of `{self.spec}` changed during the run, so the result would be a mixture",
                 hint="run again on files that nobody writes to",
             )
+
+
+def identity_of(model: nn.Module, source: Source | None, spec: str) -> dict[str, Any]:
+    """Return what tells a model from any other: its name, and a fingerprint of its files, or of a live one's tensors."""
+    if source is not None:
+        return {"spec": spec, "fingerprint": source.fingerprint}
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {"spec": spec, "fingerprint": digest.hexdigest()}
 
 
 def state_folder(output: Path) -> Path:

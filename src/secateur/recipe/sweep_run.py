@@ -77,7 +77,7 @@ class SweepRun:
         job.warnings += [*self.data.notes, *done.warnings]
         report |= {
             "sparsity": done.sparsity,
-            "seconds": time.perf_counter() - job.started,
+            "seconds": time.perf_counter() - job.started + done.earlier_seconds,
             "peak_memory_bytes": peak_memory(job.device),
             **({"planned": {**self.planned, **self.plan_cost}} if self.planned is not None else {}),
             "layers": [
@@ -130,7 +130,7 @@ class SweepRun:
             "stage": job.stage,
             **self.settings,
             "model": job.identity() if options["output"] or options.get("state") else {},
-            "teacher": None if self.teacher is None else str(options.get("teacher")),
+            "teacher": job.teacher_identity,
             "calibration": report["calibration"],
             "seed": options["seed"],
             "dtype": report["dtype"],
@@ -143,11 +143,20 @@ class SweepRun:
         return self.sweep.scores(self.job.model, self.data.ids, self.data.keep, progress=self.job.progress)
 
     def _swept(self, state: Path | None, journal: Journal | None) -> SweepReport:
-        """Divide the sparsity if that is asked for, and sweep."""
+        """Divide the sparsity if that is asked for, and sweep.
+
+        Raises:
+            StateError: with `strict`, if not everything was done as asked.
+        """
         job, data, teacher = self.job, self.data, self.teacher
         if self.planning is not None:
             teacher = self._plan(self.planning, state)
-        return self.sweep.run(job.model, data.ids, data.keep, teacher=teacher, journal=journal, progress=job.progress)
+        done = self.sweep.run(job.model, data.ids, data.keep, teacher=teacher, journal=journal, progress=job.progress)
+        if job.options["strict"] and done.warnings:
+            raise StateError(
+                f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
+            )
+        return done
 
     def _plan(self, planning: Planning, state: Path | None) -> nn.Module | None:
         """Apply the plan to the sweep and the model; return the teacher that a tuner has then."""
@@ -188,10 +197,6 @@ class SweepRun:
         journal = Journal(state, identity, resume=options["resume"])
         try:
             done = self._swept(state, journal)
-            if options["strict"] and done.warnings:
-                raise StateError(
-                    f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
-                )
             job.refuse_changed_source()
             if output is not None:
                 with publish(output, options["overwrite"]) as folder:

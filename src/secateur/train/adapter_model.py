@@ -64,8 +64,12 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.target_parameters:
             raise packed_experts("`target_parameters` is not supported")
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(default_targets(model))
+        targets, layers = peft_config.target_modules, peft_config.layers_to_transform
+        everywhere = isinstance(targets, str) and targets.lower() == "all-linear"
+        if targets is None or (everywhere and layers is not None):
+            peft_config.target_modules = set(default_targets(model, [layers] if isinstance(layers, int) else layers))
+            # PEFT ignores the numbers where names are whole, and takes that of an expert for that of a block elsewhere
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
 
     def _create_and_replace(
         self,
@@ -140,19 +144,29 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
                 handle.remove()
 
 
-def default_targets(model: nn.Module) -> list[str]:
+def default_targets(model: nn.Module, layers: Sequence[int] | None = None) -> list[str]:
     """Return the names of all prunable linears of the blocks, those that have adapters already included.
 
     Packed experts are left out with a warning that names them.
 
+    Args:
+        model: whose linears are looked for.
+        layers: numbers of the blocks; all of them if None or empty.
+
     Raises:
         InputError: if the model is of an unknown architecture.
+        RecipeError: if the model has no block of one of the numbers.
     """
     try:
         with without_adapters(model):
             views = find_all_linears(model)
     except InputError as error:
         raise InputError(str(error), hint="name the linears to adapt in `target_modules`") from error
+    blocks = {view.block for view in views}
+    if missing := sorted(set(layers or ()) - blocks):
+        raise RecipeError(
+            f"`layers_to_transform` names block {missing[0]}, but the model has blocks {min(blocks)} to {max(blocks)}"
+        )
     packed = [name for name, module in model.named_modules() if is_experts(module)]
     if packed:
         warnings.warn(
@@ -160,7 +174,7 @@ def default_targets(model: nn.Module) -> list[str]:
             "unpack them first with `secateur.models.experts.unpack_experts_`",
             stacklevel=2,
         )
-    return [view.name for view in views if view.module is not None]
+    return [view.name for view in views if view.module is not None and (not layers or view.block in layers)]
 
 
 @contextmanager

@@ -38,11 +38,16 @@ class Shown(TrainerCallback):  # type: ignore[misc]
 
 
 class LoggedAsAsked(TrainerCallback):  # type: ignore[misc]
-    """Logs as often as is asked for now where a run goes on; transformers does as its checkpoint says."""
+    """Logs as often as is asked for now where a run goes on, and its last step; transformers does as its checkpoint says."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the steps between two lines of the log from the settings."""
         state.logging_steps = args.logging_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the last step logged whatever its number, so that the last loss of a curve is that of the result."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]

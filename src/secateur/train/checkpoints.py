@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from secateur.core import faults
+from secateur.models.publish import FULL, as_os_error
 
 WHOLE = "whole.json"  # in a checkpoint folder, once everything else is
-FULL = "No space left on device"
 NEARLY_FULL = 2**24  # bytes that may be free although a larger write has failed
 TORCH_WRITES = ("inline_container", "iostream error", "PytorchStreamWriter")
 
@@ -52,22 +52,20 @@ def last_whole(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def is_full_disk(error: BaseException, folder: Path) -> bool:
-    """Return whether `error` comes of a write for which the disk of `folder` had no space.
+def full_disk(error: BaseException, folder: Path) -> OSError | None:
+    """Return the system's error if `error` comes of a write into `folder` for which there was no space, else None.
 
-    An OSError says so by its number. Safetensors has a class of its own, which only says it in words. Torch says that a
-    write failed and not why, so there the disk is asked.
+    Safetensors only says it in words. Torch says that a write failed and not why, so there the disk is asked.
     """
     for one in _chain(error):
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(one, SafetensorError) and FULL in str(one):
-            return True
-        if isinstance(one, RuntimeError) and (
-            FULL in str(one) or (any(word in str(one) for word in TORCH_WRITES) and _is_nearly_full(folder))
-        ):
-            return True
-    return False
+        found = as_os_error(one)
+        if found is not None and found.errno in FULL:
+            return found
+        said = isinstance(one, SafetensorError | RuntimeError) and os.strerror(errno.ENOSPC) in str(one)
+        torch_failed = isinstance(one, RuntimeError) and any(word in str(one) for word in TORCH_WRITES)
+        if said or (torch_failed and _is_nearly_full(folder)):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, missing_extra
+from secateur.core.fetch import unwritable
 from secateur.core.progress import Progress, Silent
 from secateur.core.shards import is_sharded, local
 from secateur.data.instructions import Examples
 from secateur.train import sharding
 from secateur.train.callbacks import Deadline, LoggedAsAsked, Shown, tensorboard
-from secateur.train.checkpoints import Sealed, is_full_disk, last_whole
+from secateur.train.checkpoints import Sealed, full_disk, last_whole
 from secateur.train.fitting import (
     Fitted,
     check_tokenizer,
@@ -57,7 +58,7 @@ class Trained:
 
     Attributes:
         steps: that were taken, those of earlier parts of a resumed run included.
-        losses: `{"step", "loss", "learning_rate", "grad_norm"}` every `log_every` steps.
+        losses: `{"step", "loss", "learning_rate", "grad_norm"}` every `log_every` steps, of the first and of the last one.
         evaluations: `{"step", "loss"}`.
         examples: that were trained on: sequences, after packing.
         dropped: examples of which `length` left no token to learn.
@@ -120,7 +121,7 @@ def train(
         progress: shown every step.
 
     Raises:
-        NumericError: the loss or a gradient is not finite; the last whole checkpoint is kept.
+        NumericError: the loss, a gradient or a trained weight is not finite; the last whole checkpoint is kept.
         InputError: no example is left, or nothing is to be trained.
         RecipeError: a setting does not fit the data or the machine.
     """
@@ -183,16 +184,18 @@ def train(
         settings.eval_on_start = evaluation is not None and last is None  # a checkpoint remembers what came of it
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            trainer.refuse_broken_weights()
             if over is not None:
                 result.finished = not over.is_over
             if evaluation is not None and result.finished:
                 trainer.evaluate()
         except Exception as error:
-            if not is_full_disk(error, Path(settings.output_dir)):
+            if (full := full_disk(error, Path(settings.output_dir))) is None:
                 raise
+            refused = unwritable(Path(settings.output_dir), full)
             raise ResourceError(
-                f"a checkpoint cannot be written in `{settings.output_dir}`: no space is left on the device",
-                hint="free some disk space; --resume goes on from the last whole checkpoint, if there is one",
+                f"no checkpoint can be kept: {refused}",
+                hint=f"{refused.hint}; --resume goes on from the last whole checkpoint, if there is one",
             ) from error
         result.steps = trainer.state.global_step
         result.tokens = int(trainer._total_train_tokens)
@@ -203,7 +206,7 @@ def train(
 
 
 class FineTuner(TwoPassTrainer, SFTTrainer):
-    """TRL's trainer, for two-pass optimizers too, that never takes or saves a step that is not finite."""
+    """TRL's trainer, for two-pass optimizers too, that neither takes nor saves a step that is not finite."""
 
     make_compact: FixedMasks | None = None
     around: Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer] | None = None
@@ -238,18 +241,32 @@ class FineTuner(TwoPassTrainer, SFTTrainer):
         losses = self.accelerator.gather(loss.detach().float().reshape(1))
         if not bool(torch.isfinite(losses).all()):
             raise self.not_finite(f"the loss is {float(losses.sum())}")
-        if self.accelerator.sync_gradients and not self._gradients_are_finite():
+        gradients = [gradient for parameter in self.model.parameters() if (gradient := parameter.grad) is not None]
+        if self.accelerator.sync_gradients and not self._are_finite(gradients):
             raise self.not_finite("a gradient is NaN or infinite")
         return loss
 
-    def not_finite(self, what: str) -> NumericError:
-        """Return the error for a step that cannot be taken."""
+    def refuse_broken_weights(self) -> None:
+        """Raise NumericError if a trained weight is NaN or infinite on some process: the last step has overflowed."""
+        if not self._are_finite([parameter for parameter in self.model.parameters() if parameter.requires_grad]):
+            raise self.not_finite("a trained weight became NaN or infinite", self.state.global_step)
+
+    def not_finite(self, what: str, step: int | None = None) -> NumericError:
+        """Return the error for a step that cannot be taken, the coming one if `step` does not say which."""
         last = last_whole(Path(self.args.output_dir))
         kept = "no checkpoint was written before it" if last is None else f"the last checkpoint, `{last}`, is kept"
+        trained = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
         return NumericError(
-            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}; {kept}",
-            hint="lower `learning_rate`, raise `warmup`, or look at the data for empty or broken records",
+            f"{what} at step {step or self.state.global_step + 1} of {self.state.max_steps}; {kept}",
+            hint="train in another `dtype`, such as bfloat16: the states of optimizers overflow and vanish in float16"
+            if torch.float16 in trained
+            else "lower `learning_rate`, raise `warmup`, or look at the data for empty or broken records",
         )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, never one of weights that are not finite."""
+        self.refuse_broken_weights()
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer, with states for kept weights only or another one around it where that is asked for."""
@@ -279,10 +296,12 @@ class FineTuner(TwoPassTrainer, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: a checkpoint is for resuming, the published folder says what it is."""
 
-    def _gradients_are_finite(self) -> bool:
-        found = [gradient for parameter in self.model.parameters() if isinstance(gradient := parameter.grad, Tensor)]
-        norms = torch._foreach_norm([part for part in map(local, found) if part.numel()])
-        total = torch.stack([norm.float() for norm in norms]).sum() if norms else torch.zeros(())
+    def _are_finite(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether all values of `tensors` are finite on every process."""
+        parts = [part for part in map(local, tensors) if part.numel()]
+        # the largest magnitude: a sum of squares overflows where all values are finite
+        largest = torch._foreach_norm(parts, float("inf")) if parts else []
+        total = torch.stack([one.float() for one in largest]).amax() if largest else torch.zeros(())
         return bool(torch.isfinite(self.accelerator.gather(total.reshape(1).to(self.accelerator.device))).all())
 
 

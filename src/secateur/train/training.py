@@ -18,6 +18,7 @@ LEAST = {  # of what is counted
     "log_every": 1,
     "save_every": 1,
 }
+MOST = 3.4e38  # of real numbers: what float32 can hold
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def check_training(training: Training) -> None:
             raise RecipeError(f"`{name}` is {value}, but must be {least} or more")
     for name in ("epochs", "learning_rate", "weight_decay", "warmup", "clip"):
         value, positive = getattr(training, name), name in ("epochs", "learning_rate")
-        if value is not None and not (0 <= value < float("inf") and (value or not positive)):
-            raise RecipeError(f"`{name}` is {value}, but must be a number {'above 0' if positive else 'of 0 or more'}")
+        if value is not None and not (0 <= value <= MOST and (value or not positive)):
+            lowest = "above 0" if positive else "of 0 or more"
+            raise RecipeError(f"`{name}` is {value}, but must be a number {lowest}, and at most {MOST:g}")
     if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
         raise RecipeError(f"`betas` is {training.betas}, but must be two numbers from 0 to below 1")
     schedules = get_args(Schedule)
