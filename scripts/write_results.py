@@ -53,7 +53,8 @@ OWN = """## Planners and tuners
 
 `secateur compare`, each row calibrated on its own pruned path as `secateur prune` does it; model, texts and windows as in the
 first table, whose true-sequential rows are the uniform ones to compare with. What is not a default stands behind its name.
-Planning counts in the seconds of each row. The commands:
+Planning counts in the seconds of each row. *Former defaults* are those before ALPS took the published 1 % of damping instead of 2
+and let its penalty grow more slowly, which SCOPE, whose base it is, followed. The commands:
 
     secateur compare MODEL --methods sparsegpt,alps --pattern 70% --plan owl,loss-curves,mixed-sparsity \\
         --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 20
@@ -157,12 +158,19 @@ def options(line: dict[str, Any]) -> str:
     return f" ({tuner['epochs']} epochs, batch {tuner['batch_size']}{refit})"
 
 
+def called(line: dict[str, Any]) -> str:
+    """Return the method of a row, with what it was given, in words."""
+    words = [f"{name} {value}" for name, value in (line.get("changed") or {}).get("method", {}).items()]
+    words += ["former defaults"] if line.get("former") else []
+    return f"{line['method']} ({', '.join(words)})" if words else str(line["method"])
+
+
 def comparison() -> str:
     """Return the section on the table of all pruners."""
     lines = read("compare-smollm2.jsonl")
     rows = [
         [
-            line["method"],
+            called(line),
             line["pattern"] or "",
             f"{line['sparsity']:.3f}",
             f"{next(iter(line['perplexity'].values())):.2f}",
@@ -188,7 +196,7 @@ def own() -> str:
 
     rows = [
         [
-            named(line, "method"),
+            called(line),
             named(line, "plan"),
             named(line, "tuner"),
             line["pattern"],
@@ -218,7 +226,7 @@ def finetuning() -> str:
     def digits(value: float | None, places: int) -> str:
         return "" if value is None else f"{value:.{places}f}"
 
-    def called(line: dict[str, Any]) -> str:
+    def titled(line: dict[str, Any]) -> str:
         """Return the row's name with what was changed of its adapter."""
         words = ", ".join(f"{name} {value}" for name, value in (line.get("changed") or {}).items())
         return f"{line['row']} ({words})" if words else str(line["row"])
@@ -226,7 +234,7 @@ def finetuning() -> str:
     rows = [
         [
             line["model"],
-            called(line),
+            titled(line),
             f"{line['trainable']:,}" if line.get("trainable") else "",
             "" if not line.get("trainable") else str(line["steps"]),
             "" if line.get("learning_rate") is None else f"{line['learning_rate']:g}",
