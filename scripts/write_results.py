@@ -53,8 +53,8 @@ OWN = """## Planners and tuners
 
 `secateur compare`, each row calibrated on its own pruned path as `secateur prune` does it; model, texts and windows as in the
 first table, whose true-sequential rows are the uniform ones to compare with. What is not a default stands behind its name.
-Planning counts in the seconds of each row. *Former defaults* are those before ALPS took the published 1 % of damping instead of 2
-and let its penalty grow more slowly, which SCOPE, whose base it is, followed. The commands:
+Planning counts in the seconds of each row. *Former defaults* are those before the last changes of ALPS: to
+its damping, and to the start and growth of its penalty. SCOPE, whose base it is, followed. The commands:
 
     secateur compare MODEL --methods sparsegpt,alps --pattern 70% --plan owl,loss-curves,mixed-sparsity \\
         --calibration CAL.txt --samples 64 --length 512 --perplexity EVAL.txt --lines --limit 20

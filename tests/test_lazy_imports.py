@@ -114,6 +114,7 @@ def test_help_imports_nothing_beyond_what_typer_itself_imports_for_help_but_a_fe
         BARE_HELP
         + command("--help")
         + """
+assert status == 0
 new = set(sys.modules) - bare
 foreign = {name.partition(".")[0] for name in new} - {"secateur"} - sys.stdlib_module_names
 assert not foreign, foreign

@@ -234,7 +234,7 @@ def compare(context: typer.Context, model: o.Model, **options: Any) -> None:
     _needed(given, "methods", "for example --methods magnitude,wanda,sparsegpt")
     _needed(given, "perplexity", "for example --perplexity wikitext2")
     _needed(given, "output", "name a folder for the table with --output DIR")
-    call, settings = _divide(given)
+    call, settings = _take_call(given)
     for name in ("methods", "pattern", "tuner", "plan"):
         if name in given:
             given[name] = [part for text in given[name] for part in text.split(",") if part]
@@ -422,7 +422,7 @@ def _working() -> Iterator[Progress]:
         yield shown
 
 
-def _divide(given: dict[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
+def _take_call(given: dict[str, Any]) -> tuple[dict[str, Any], Sequence[str]]:
     """Take what a recipe has no keys for out of `given`: the arguments of the call, and what `--set` sets."""
     call, settings = {name: given.pop(name) for name in _CALL if name in given}, given.pop("set", ())
     _arrange(given)
@@ -434,7 +434,7 @@ def _stage(kind: str, context: typer.Context) -> None:
     given = _begin(context)
     if kind != "evaluate" and not given.get("dry_run"):
         _needed(given, "output", "name the folder to write with --output DIR")
-    call, settings = _divide(given)
+    call, settings = _take_call(given)
 
     from secateur.recipe.schema import Recipe
     from secateur.recipe.yaml_loader import Positions

@@ -399,14 +399,15 @@ TrustRemoteCode = Annotated[
 ]
 
 # groups, by the names that the arguments have in the API
-LINEARS = {"ignore": Ignore, "include": Include, "override": Override}
 PRUNING = {
     "refit": Refit,
     "one_pass": OnePass,
     "error_correction": ErrorCorrection,
     "no_guard": NoGuard,
     "freeze_zeros": FreezeZeros,
-    **LINEARS,
+    "ignore": Ignore,
+    "include": Include,
+    "override": Override,
 }
 TEXT = {"field": Field, "skip_bad": SkipBad}
 CALIBRATION = {"calibration": Calibration, "samples": Samples, "length": Length, **TEXT, "batch_tokens": BatchTokens}
@@ -452,8 +453,8 @@ OPENING = {"revision": Revision, "allow_pickle": AllowPickle, "trust_remote_code
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
-def takes(*groups: Mapping[str, Any], **more: Any) -> Callable[[_Command], _Command]:
-    """Give the options of `groups`, and `more`, to a command in place of its `**options`.
+def takes(*groups: Mapping[str, Any]) -> Callable[[_Command], _Command]:
+    """Give the options of `groups` to a command in place of its `**options`.
 
     A switch is False where it is not given, anything else None.
     """
@@ -461,7 +462,7 @@ def takes(*groups: Mapping[str, Any], **more: Any) -> Callable[[_Command], _Comm
     def declare(command: _Command) -> _Command:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
-        for name, option in {key: value for group in (*groups, more) for key, value in group.items()}.items():
+        for name, option in {key: value for group in groups for key, value in group.items()}.items():
             default = False if get_args(option)[0] is bool else None
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)

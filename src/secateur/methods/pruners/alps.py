@@ -15,15 +15,15 @@ What differs from the published program, and why:
 
 - the first rho follows the inputs instead of being 0.1: it is as large as leaves B two thirds of its freedom (see
   `first_penalty`), where 0.1 costs 5 to 30 % on steep spectra;
-- rho grows at the published rate, but every fifth iteration instead of every third: two fifths fewer inverses, and a
-  support that has settled further before it is pressed on, which lowers the loss by 1 to 3 %;
+- rho grows at the published rate, but every fifth iteration instead of every third: two fifths fewer inverses for
+  as many iterations, and a support that has settled further before it is pressed on;
 - the sparse copy goes on past B, to `1.2 B - 0.2 D` (over-relaxation), which takes iterations off; on real inputs more
   than that freezes the support too early;
 - one inverse, by halves, whenever rho changes, and the first is shared by all linears with the same inputs; no
   eigendecomposition, which costs more than all of these on CPU and needs float64;
 - the damping is a fraction of each input's own mean square, not of their average: the result no longer depends on the
   units of the inputs, and is better on them because quiet inputs keep their correlations;
-- iterations end once few entries move, for the rest of the way does not change the loss;
+- iterations end once few entries move, where the published program goes on until none does;
 - the conjugate gradients start from the sparse copy, which is near the solution already, and stop when they gain nothing;
 - best so far: the plain projection of the target, solved on its own mask, wins where it is better, as with white
   inputs, for which the splitting is not exact.
@@ -289,7 +289,7 @@ def split(
 ) -> Split:
     """Return a sparse point near the best one, by alternating directions.
 
-    One product `2 * out * in^2` and one selection per iteration, 12 to 24 of them on Grams of real activations.
+    One product `2 * out * in^2` and one selection per iteration, about 20 of them on the Grams of `benchmarks/realistic.py`.
 
     Args:
         target: `(out_features, in_features)`, scaled.
