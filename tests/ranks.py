@@ -244,7 +244,10 @@ def main(folder: Path) -> None:
             said = {"views of buffers": bool(torch.equal(two_passes(True), two_passes(False)))}
     said |= {"given masks": given_masks(), **refusals()}
     (folder / f"said {torch.distributed.get_rank()}.json").write_text(json.dumps(said))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # refused passes left gathers behind; a thread that drops one during shutdown would abort the process
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import typer
 
 from secateur import options as o
 from secateur.core.errors import RecipeError
-from secateur.core.processes import is_first
+from secateur.core.processes import is_first, leave
 from secateur.failures import exit_code, silence
 from secateur.printing import printable, printable_lines, show
 from secateur.stopping import stoppable
@@ -390,6 +390,7 @@ def _invoke(words: list[str], session: Session) -> int:
     command: Any = typer.main.get_command(app)
     with command.make_context("secateur", words, obj=session) as context:
         command.invoke(context)
+    leave()
     sys.stdout.flush()
     return 0
 
