@@ -335,6 +335,21 @@ def test_weights_that_are_not_finite_are_set_to_zero_on_request(trained_folder, 
         secateur.prune(tmp_path / "broken", method="magnitude", nonfinite="zero", strict=True)
 
 
+@pytest.mark.parametrize("stage", ["prune", "tune"])
+def test_what_a_calibration_text_is_warned_of_is_an_error_with_strict_before_any_work(pruned, tmp_path, stage):
+    text = tmp_path / "text.txt"
+    text.write_text("again " * 400)
+    settings = {"calibration": text, "samples": 2, "length": 16, "output": tmp_path / "out", "dry_run": True}
+    call = secateur.prune if stage == "prune" else secateur.tune
+    with pytest.raises(StateError, match=r"as asked: calibration: 1 of 2 samples repeat another sample"):
+        call(pruned[0], strict=True, **settings)
+    settings |= {"dry_run": False}
+    with pytest.raises(StateError, match="as asked"):
+        call(pruned[0], strict=True, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    call(pruned[0], **settings)
+
+
 def test_a_published_model_with_another_tokenizer_is_refused(pruned, tmp_path):
     shutil.copytree(pruned[0], tmp_path / "copy")
     words = tmp_path / "copy" / "tokenizer.json"

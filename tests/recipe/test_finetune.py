@@ -288,6 +288,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(sparse, tmp_path, 
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "out.lock"])
 
 
+def test_what_the_data_are_warned_of_is_an_error_with_strict_before_any_training(sparse, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "The gardener cuts the old wood first."}\n' * 2 + "not JSON\n")
+    settings = {**SHORT, "data": data, "skip_bad": 1, "steps": 1, "output": tmp_path / "out"}
+    for dry in (True, False):
+        with pytest.raises(StateError, match=r"as asked: .*data\.jsonl`: 1 malformed lines"):
+            secateur.finetune(sparse, adapter=ADAPTERS["spp"], strict=True, dry_run=dry, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    secateur.finetune(sparse, adapter=ADAPTERS["spp"], **settings)
+
+
 def test_a_dense_base_is_trained_and_said_to_be_dense(trained_folder):
     report = secateur.finetune(str(trained_folder), adapter=ADAPTERS["spp"], **SHORT).report
     assert any("not sparse" in warning for warning in report["warnings"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import RecipeError, StateError, TimeLimitReached
+from secateur.core.errors import RecipeError, TimeLimitReached
 from secateur.core.processes import is_first, process_count
 from secateur.core.versions import versions
 from secateur.data.instructions import Examples
@@ -72,6 +72,7 @@ class FinetuneRun:
         job, options = self.job, self.job.options
         target = None if options["output"] is None else Path(options["output"])
         report = self._head()
+        job.refuse_warnings()
         if options["dry_run"]:
             return Result(job.model, {**report, "dry_run": True, "warnings": job.warnings})
         identity = self._identity(report)
@@ -85,10 +86,7 @@ class FinetuneRun:
         again = {"resume": options["resume"], "overwrite": options["overwrite"]}
         with unfinished(target, identity, main=is_first(), **again) as state:
             trained = self._trained(state, target)
-            if options["strict"] and job.warnings:
-                raise StateError(
-                    f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it"
-                )
+            job.refuse_warnings()
             report |= {
                 "steps_done": trained.steps,
                 "losses": trained.losses,
@@ -234,6 +232,7 @@ class FinetuneRun:
             with publish(target, job.options["overwrite"]) as folder:
                 if self.config is None:
                     job.warnings += save_model(model, words, folder, {**side, "weights": weight_sides(model, job)})
+                    job.refuse_warnings()
                 else:
                     save_adapter(model, words, folder, side)
         result: nn.Module = model

@@ -147,6 +147,15 @@ class Job:
             return sample(text, words, **choice)
         return from_texts(list(given), words, **choice)
 
+    def refuse_warnings(self) -> None:
+        """Raise StateError with `strict` if there is anything to warn of by now."""
+        if self.options.get("strict") and self.warnings:
+            more = f" (and {len(self.warnings) - 1} more)" if len(self.warnings) > 1 else ""
+            raise StateError(
+                f"not everything was done as asked: {self.warnings[0]}{more}",
+                hint="leave out --strict to accept it",
+            )
+
     def refuse_changed_source(self) -> None:
         """Raise StateError if the files of the model changed while it was worked on."""
         source = self.source

@@ -127,7 +127,8 @@ def prune(
         inplace: change a live `model` itself instead of a copy.
         max_minutes: stop at a block boundary after this time; needs `output` or `state`, and `resume` goes on.
         memory_limit: bytes of main memory that may be used; the system's free memory if None.
-        strict: raise instead of warn where something was not done as asked.
+        strict: raise an error where there would be a warning, before the work if it is known by then; nothing is
+            published.
         skip_bad: bad lines of a data file that may be skipped.
         allow_pickle: see `load`.
         trust_remote_code: see `load`.
