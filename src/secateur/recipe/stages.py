@@ -228,7 +228,8 @@ def tune(
     Args:
         model: the sparse model; masks are read from its zeros.
         method: a block tuner, e.g. `ebft`.
-        teacher: the dense model; None takes the base model named in the sparse model's `secateur.json`.
+        teacher: the dense model; None takes the base model named in the sparse model's `secateur.json`, if it still is
+            what it was.
         tokenizer, calibration, samples, length, nonfinite, ...: as in `prune`.
 
     Returns:

@@ -253,7 +253,7 @@ class SweepRun:
         job, base = self.job, None
         if job.stage == "tune":
             named = job.options.get("teacher")
-            base = {"spec": str(named)} if isinstance(named, str | Path) else (job.side or {}).get("base_model")
+            base = job.teacher_identity if isinstance(named, str | Path) else (job.side or {}).get("base_model")
         weights = {
             layer.name: {"pattern": str(self.sweep.patterns[layer.name]), **_mask_line(done.masks, layer.name)}
             for block in done.blocks
