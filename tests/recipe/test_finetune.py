@@ -59,9 +59,17 @@ def test_what_is_merged_has_the_zeros_it_had_and_says_what_the_adapter_said(spar
         assert torch.allclose(merged(ids).logits, beside, atol=1e-5)
     if adapter["name"] != "pst":  # which chooses its own zeros
         assert same(supports(merged), before)
+    assert report["sparsity"] == pytest.approx(0.6 if adapter["name"] == "pst" else 0.5, abs=1e-3)
+    assert report["sparsity"] == pytest.approx(secateur.inspect(merged)["sparsity"], abs=1e-9)
     assert len(report["losses"]) == 3
     assert report["sparsity_before"] == pytest.approx(0.5)
     assert 0 < report["trainable"] < 0.5 * sum(weight.numel() for weight in merged.parameters())
+
+
+def test_a_model_with_a_pst_adapter_is_as_sparse_as_its_mask_says(trained_folder, tmp_path):
+    secateur.finetune(trained_folder, adapter=ADAPTERS["pst"], output=tmp_path / "out", **SHORT)
+    report = secateur.evaluate(tmp_path / "out", perplexity="builtin:tiny", length=64, limit=1)
+    assert report["sparsity"] == pytest.approx(0.6, abs=1e-3)
 
 
 def test_training_learns(sparse):

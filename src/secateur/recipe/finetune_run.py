@@ -21,7 +21,7 @@ from secateur.data.instructions import Examples
 from secateur.engine.memory import peak_memory
 from secateur.methods.registry import REGISTRY
 from secateur.models.files import save_model
-from secateur.models.linears import sparsity
+from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import describe
 from secateur.recipe.finetune_folder import (
@@ -98,7 +98,7 @@ class FinetuneRun:
                 **_trainable(trained.model),
             }
             result = self._published(trained.model, made, state, target)
-            report["sparsity"] = sparsity_beneath(result)
+            report["sparsity"] = effective_sparsity(result)
         report |= {
             "merged": options["merge"],
             "seconds": time.perf_counter() - job.started,
@@ -271,12 +271,22 @@ def _trainable(model: nn.Module) -> dict[str, Any]:
     return {"trainable": trained, "trainable_share": trained / every}
 
 
-def sparsity_beneath(model: Any) -> float:
-    """Return the fraction of zeros in the linears of the blocks, those under adapters as they are without them."""
+def effective_sparsity(model: Any) -> float:
+    """Return the fraction of zeros in the linears of the blocks, those with adapters of ours as if these were merged.
+
+    PEFT's own adapters are passed over: merging one into zeros needs a decision of the user's.
+    """
     if not hasattr(model, "get_base_model"):
         return sparsity(model)
+    from secateur.train.adapter_linear import adapted_linears
     from secateur.train.adapter_model import without_adapters
 
     base = model.get_base_model()
+    layers = {layer.get_base_layer(): layer for layer in adapted_linears(base)}
+    kept = size = 0
     with without_adapters(base):
-        return sparsity(base)
+        for view in find_all_linears(base):
+            layer = layers.get(view.module)
+            mask = view.read() != 0 if layer is None else layer.effective_mask()
+            kept, size = kept + int(mask.count_nonzero()), size + mask.numel()
+    return 1 - kept / size if size else 0.0

@@ -32,7 +32,7 @@ from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
 from secateur.recipe.finetune import finetune
-from secateur.recipe.finetune_run import sparsity_beneath
+from secateur.recipe.finetune_run import effective_sparsity
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.recipe.opening import load, modes_back
 from secateur.recipe.sweep_run import SweepRun
@@ -350,7 +350,7 @@ def evaluate(
         "tokens": tokens,
         "length": length,
         "tasks": scores,
-        "sparsity": sparsity_beneath(job.model),
+        "sparsity": effective_sparsity(job.model),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(job.device),
         "warnings": notes,
