@@ -192,6 +192,9 @@ class FinetuneRun:
         """Return PEFT's model with a new adapter, which alone is to be trained."""
         from peft import get_peft_model
 
+        from secateur.train.adapter_config import check_pattern_keys
+        from secateur.train.peft_parts import BaseTunerLayer
+
         job, config = self.job, self.config
         if getattr(config, "task_type", None) is None:
             config.task_type = "CAUSAL_LM"
@@ -202,6 +205,8 @@ class FinetuneRun:
             warnings.simplefilter("always")
             with _drawn_alike(job.model, self.training.seed):
                 model = get_peft_model(job.model, config)
+        modules = model.get_base_model().named_modules()
+        check_pattern_keys(config, [name for name, module in modules if isinstance(module, BaseTunerLayer)])
         if job.source is not None:
             for made in model.peft_config.values():
                 made.base_model_name_or_path = _findable(job.spec)
