@@ -321,6 +321,7 @@ def test_a_recipe_prunes_fine_tunes_and_measures(trained_folder, tmp_path):
     assert "Fine-tuning with spp" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_train_what_one_does_and_speak_once(sparse, tmp_path):
     asked = [
         *("-m", "secateur", "finetune", sparse, "--adapter", "masked_lora", "--data", DATA, "--steps", "3"),
