@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 import secateur
+from launching import PAIR, launch
 from secateur.core import faults
 from secateur.core.errors import InputError, NumericError, RecipeError, ResourceError, StateError, TimeLimitReached
 from secateur.models.linears import find_all_linears
@@ -342,18 +343,17 @@ def test_a_recipe_prunes_fine_tunes_and_measures(trained_folder, tmp_path):
     assert "Fine-tuning with spp" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_train_what_one_does_and_speak_once(sparse, tmp_path):
     asked = [
         *("-m", "secateur", "finetune", sparse, "--adapter", "masked_lora", "--data", DATA, "--steps", "3"),
         *("--length", "96", "--whole-loss", "--log-every", "1", "--device", "cpu", "--json"),
     ]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = {}
-    for name, how, batch in (("one", [], "4"), ("two", launch, "2")):
-        command = [sys.executable, *how, *asked, "--batch-size", batch, "--output", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, timeout=240, text=True)
-        assert done.returncode == 0, done.stderr
-        found[name] = json.loads(done.stdout)
+    for name, how, batch in (("one", [], "4"), ("two", ["-m", "torch.distributed.run", *PAIR], "2")):
+        text = launch(sys.executable, *how, *asked, "--batch-size", batch, "--output", tmp_path / name)
+        found[name] = json.loads(text[text.index('{"stage"') :])
+        assert text.count('{"stage"') == 1
     for one, two in zip(found["one"]["losses"], found["two"]["losses"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))

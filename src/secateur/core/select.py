@@ -107,6 +107,20 @@ def top_of_matrix(score: Tensor, keep: int) -> Tensor:
     return top_of_rows(score.reshape(1, -1), keep).reshape(score.shape)
 
 
+def cut_(values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    """Write `values` where `mask` is True, and zeros elsewhere, into `out`, and return it.
+
+    Args:
+        values: `(rows, columns)`, finite.
+        mask: bool `(rows, columns)`.
+        out: `(rows, columns)` of the same dtype.
+    """
+    if _by_numpy(values) and values.dtype in (torch.float32, torch.float64):
+        np.multiply(values.numpy(), mask.numpy(), out=out.numpy())
+        return out
+    return torch.mul(values, mask, out=out)
+
+
 def _rank_in_words(values: NDArray[Any], width: int) -> NDArray[np.uint8]:
     """Return, for each entry, how many of its group of `width` rank above it; flat uint8.
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from secateur.core import faults
+from secateur.core.errors import ResourceError
+from secateur.core.fetch import unwritable
 from secateur.models.publish import FULL, as_os_error
 
 WHOLE = "whole.json"  # in a checkpoint folder, once everything else is
@@ -50,6 +53,25 @@ def last_whole(folder: Path) -> Path | None:
         if (step := path.name.removeprefix("checkpoint-")).isdecimal() and (path / WHOLE).is_file()
     ]
     return max(found)[1] if found else None
+
+
+@contextmanager
+def refusing_full_disk(folder: Path) -> Iterator[None]:
+    """Tell a failed write into the folder of the checkpoints as what it is.
+
+    Raises:
+        ResourceError: there was no space for a checkpoint.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (full := full_disk(error, folder)) is None:
+            raise
+        refused = unwritable(folder, full)
+        raise ResourceError(
+            f"no checkpoint can be kept: {refused}",
+            hint=f"{refused.hint}; --resume goes on from the last whole checkpoint, if there is one",
+        ) from error
 
 
 def full_disk(error: BaseException, folder: Path) -> OSError | None:

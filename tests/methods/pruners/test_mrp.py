@@ -17,7 +17,14 @@ from secateur.core.problem import LayerProblem
 from secateur.core.solve import solve
 from secateur.methods.pruners import mrp
 from secateur.methods.pruners.magnitude import Magnitude
-from secateur.methods.pruners.mrp import MRP, group_losses, joint_losses, removed_sets, single_compensation
+from secateur.methods.pruners.mrp import (
+    MRP,
+    group_losses,
+    joint_losses,
+    own_parts,
+    removed_sets,
+    single_compensation,
+)
 from secateur.methods.pruners.sparsegpt import SparseGPT
 from strategies import correlated_gram, correlated_inputs, patterns, random_weight, seeds
 
@@ -136,11 +143,40 @@ def test_budgets_are_met_whatever_the_rounds(data, rows, columns, rounds, seed):
 )
 def test_one_shot_is_the_plain_reading_of_the_formulas(pattern, variant):
     problem = in_double(problem_of(pattern, 12, 32))
-    ours = MRP(variant=variant, rounds=1).prune(problem)
+    ours = MRP(variant=variant, rounds=1, foresight=False).prune(problem)
     given = {"n": pattern.n, "m": pattern.m} if isinstance(pattern, NM) else {"sparsity": pattern.sparsity}
     theirs = published.prune(problem.weight, problem.gram, variant=variant, **given)
     assert torch.equal(ours.mask, theirs != 0)
     torch.testing.assert_close(ours.weight, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)
+def test_repeated_inputs_do_not_both_look_free(pattern):
+    columns = 64
+    inputs = correlated_inputs(4 * columns, columns, 1.0)
+    inputs[:, : columns // 4] = inputs[:, columns // 4 : columns // 2]
+    problem = replace(problem_of(pattern, 32, columns), gram=inputs.T @ inputs / len(inputs))
+    budget = {"n": 2, "m": 4} if isinstance(pattern, NM) else {"sparsity": pattern.sparsity}
+    ours, theirs = MRP().prune(problem).weight, published.prune(problem.weight, problem.gram, **budget)
+    assert problem.loss(ours) < 0.9 * problem.loss(theirs)
+    assert problem.loss(ours) < 0.95 * problem.loss(MRP(foresight=False).prune(problem).weight)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_foresight_is_what_random_parts_of_a_row_leave_over(decay, share):
+    columns = 96
+    gram = correlated_gram(columns, decay)
+    scale = gram.diagonal().sqrt()
+    unit = gram / scale / scale[:, None]
+    parts, generator = torch.zeros(columns), torch.Generator().manual_seed(0)
+    counts = torch.zeros(columns)
+    for _ in range(300):
+        kept = torch.randperm(columns, generator=generator)[: round(share * columns)]
+        parts[kept] += 1.0 / torch.linalg.inv(unit[kept][:, kept]).diagonal()
+        counts[kept] += 1
+    expected = parts / counts
+    torch.testing.assert_close(own_parts(unit, share).mean(), expected.mean(), rtol=0.1, atol=0.0)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)

@@ -50,6 +50,7 @@ from secateur.core.linalg import (
 )
 from secateur.core.method import method
 from secateur.core.problem import LayerProblem, Pruned
+from secateur.core.select import cut_
 
 # (share of the kept entries that moved since the last look, factor for rho), section 3 and the published program
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -310,17 +311,18 @@ def split(
     """
     kept = int(first.mask.sum())
     mask, seen = first.mask, first.mask
-    rest = torch.zeros_like(target)  # U, zero on the mask
-    step, sparse, own = torch.empty_like(target), first.weight.clone(), None
+    away, rest = first.weight - target, torch.zeros_like(target)  # D - W; U, zero on the mask
+    spare, own = torch.empty_like(target), None
     started, restarts, checks = False, RESTARTS, []
     for iteration in range(1, iterations + 1):
-        torch.sub(sparse, rest, out=step).sub_(target)
-        both = rest.addmm_(step, inverse, alpha=relaxation * rho).add_(target, alpha=relaxation)
+        torch.sub(away, rest, out=spare)
+        rest.addmm_(spare, inverse, alpha=relaxation * rho)
         if relaxation != 1.0:
-            both.add_(sparse, alpha=1.0 - relaxation)
-        mask = select(torch.abs(both, out=step))
-        torch.mul(both, mask, out=sparse)
-        rest = both.sub_(sparse)
+            rest.add_(away, alpha=1.0 - relaxation)
+        both = torch.add(rest, target, out=spare)  # Z; what `rest` holds is Z - W
+        mask = select(torch.abs(both, out=away))
+        cut_(both, ~mask, out=both)
+        rest, away, spare = both, rest.sub_(both), away
         if iteration % every:
             continue
         moved = int((mask != seen).sum()) / kept
@@ -331,7 +333,7 @@ def split(
                 break
             restarts -= 1
             before, rho = rho, rho / 5
-            sparse.copy_(first.weight)
+            torch.sub(first.weight, target, out=away)
             mask, seen = first.mask, first.mask
             rest.zero_()
         elif moved < settle or moved == 0:
@@ -342,4 +344,5 @@ def split(
             before, rho = rho, min(rho * factor ** (every / GROWTH_STEPS), 1e6)
             rest *= before / rho
         inverse = own = penalised_inverse(unit, rho, own)  # the first one belongs to others as well
-    return Split(Pruned(sparse, mask), tuple(checks))
+    sparse = away.add_(target)
+    return Split(Pruned(cut_(sparse, mask, out=sparse), mask), tuple(checks))
