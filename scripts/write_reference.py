@@ -272,11 +272,17 @@ def _safe(words: str) -> str:
 def methods_page() -> str:
     """Return the page of the shelf: the table, then each method with its hyper-parameters."""
     from secateur.methods.registry import REGISTRY
+    from secateur.recipe.build import ALIASES
 
     lines = [*_head("Methods"), *methods_table("methods.md", same_page=True)]
     lines += ["", "`secateur methods` prints this table, `secateur methods NAME` one method; both take `--json`."]
-    lines += ["Hyper-parameters are set by `--set method.NAME=VALUE` (or `tuner.NAME`), in a recipe by"]
-    lines += ["`method: {name: ..., NAME: VALUE}`, in Python by the same mapping or an object of the class.", ""]
+    lines += ["Hyper-parameters are set by `--set method.NAME=VALUE` (or `tuner.NAME`, `adapter.NAME`), in a recipe by"]
+    lines += ["`method: {name: ..., NAME: VALUE}`, in Python by the same mapping or an object of the class."]
+    words = ", ".join(f"`{word}` is `{meaning}`" for word, meaning in ALIASES.items())
+    lines += [
+        f"The words of other libraries are understood, except in objects, where a method has the setting: {words}. Both at once are an error.",
+        "",
+    ]
     for line in REGISTRY:
         dotted, _, name = line.target.partition(":")
         module = dotted.removeprefix("secateur.").replace(".", "/")

@@ -203,6 +203,13 @@ def test_people_get_lines_with_units_and_warnings_on_stderr(call, capsys):
     assert "2 x 4" in capsys.readouterr().out
 
 
+def test_inspect_says_what_it_does_not_count(monkeypatch, capsys):
+    found = {"sparsity": 0.5, "dtype": "float32", "formats": {}, "linears": [], "unknown": ["a.decay", "b.decay"]}
+    monkeypatch.setattr(stages, "inspect", lambda *args, **kwargs: found)
+    assert cli.main(["inspect", "m"]) == 0
+    assert "a.decay and 1 more, of a kind that cannot be pruned" in capsys.readouterr().out
+
+
 def test_a_dry_run_shows_the_resolved_arguments(monkeypatch, capsys):
     def stage(*args, **kwargs):
         assert kwargs["dry_run"]

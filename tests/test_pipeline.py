@@ -281,6 +281,36 @@ def test_tuning_needs_a_teacher_and_zeros(trained_folder, tmp_path):
         secateur.tune(model, AutoTokenizer.from_pretrained(trained_folder), **CALIBRATION)
 
 
+def test_a_base_model_that_changed_since_is_no_teacher_unless_it_is_named(trained_folder, tmp_path):
+    base, sparse = tmp_path / "base", tmp_path / "sparse"
+    shutil.copytree(trained_folder, base)
+    secateur.prune(base, method="magnitude", output=sparse)
+    settings = {**CALIBRATION, "samples": 2, "dry_run": True}
+    secateur.tune(sparse, **settings)
+    model = secateur.load(base).model
+    model.model.layers[0].mlp.up_proj.weight.data *= 2
+    model.save_pretrained(base)
+    with pytest.raises(InputError, match=f"`{base}` is not the dense model that `{sparse}` was pruned from") as caught:
+        secateur.tune(sparse, **settings)
+    assert "--teacher" in str(caught.value.hint)
+    secateur.tune(sparse, teacher=base, **settings)
+    secateur.tune(sparse, teacher=base, output=tmp_path / "tuned", **{**settings, "dry_run": False})
+    secateur.tune(tmp_path / "tuned", **settings)  # its base is the teacher that was named
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_base_of_a_model_that_was_pruned_in_memory_is_known_by_its_tensors(trained_folder, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(trained_folder)
+    words = AutoTokenizer.from_pretrained(trained_folder)
+    secateur.prune(model, words, method="magnitude", output=tmp_path / "sparse")
+    settings = {**CALIBRATION, "samples": 2, "dry_run": True, "dtype": dtype}
+    secateur.tune(tmp_path / "sparse", **settings)
+    model.model.layers[0].mlp.up_proj.weight.data *= 2
+    secateur.prune(model, words, method="magnitude", output=tmp_path / "other")
+    with pytest.raises(InputError, match="is not the dense model"):
+        secateur.tune(tmp_path / "other", **settings)
+
+
 def test_a_time_limit_stops_at_a_block_boundary_and_resume_goes_on(trained_folder, tmp_path):
     from secateur.core.errors import TimeLimitReached
 
@@ -333,6 +363,21 @@ def test_weights_that_are_not_finite_are_set_to_zero_on_request(trained_folder, 
     assert files(tmp_path / "broken") == before
     with pytest.raises(StateError, match="not everything was done as asked: 1 values"):  # with an output or without
         secateur.prune(tmp_path / "broken", method="magnitude", nonfinite="zero", strict=True)
+
+
+@pytest.mark.parametrize("stage", ["prune", "tune"])
+def test_what_a_calibration_text_is_warned_of_is_an_error_with_strict_before_any_work(pruned, tmp_path, stage):
+    text = tmp_path / "text.txt"
+    text.write_text("again " * 400)
+    settings = {"calibration": text, "samples": 2, "length": 16, "output": tmp_path / "out", "dry_run": True}
+    call = secateur.prune if stage == "prune" else secateur.tune
+    with pytest.raises(StateError, match=r"as asked: calibration: 1 of 2 samples repeat another sample"):
+        call(pruned[0], strict=True, **settings)
+    settings |= {"dry_run": False}
+    with pytest.raises(StateError, match="as asked"):
+        call(pruned[0], strict=True, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    call(pruned[0], **settings)
 
 
 def test_a_published_model_with_another_tokenizer_is_refused(pruned, tmp_path):

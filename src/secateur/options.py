@@ -321,7 +321,7 @@ MaxMinutes = Annotated[
     float | None,
     _option("--max-minutes", help="Then stop at a block boundary; --resume goes on.", panel=_RUN, metavar="M", least=0),
 ]
-Strict = Annotated[bool, _option("--strict", help="Fail where something was not done as asked.", panel=_RUN)]
+Strict = Annotated[bool, _option("--strict", help="Make an error of every warning.", panel=_RUN)]
 DryRun = Annotated[bool, _option("--dry-run", help="Show what would be done and what it needs.", panel=_RUN)]
 
 Minutes = Annotated[

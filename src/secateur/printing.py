@@ -109,13 +109,15 @@ def _evaluate(found: Mapping[str, Any]) -> list[str]:
 
 
 def _inspect(found: Mapping[str, Any]) -> list[str]:
-    linears = found.get("linears", [])
+    linears, unknown = found.get("linears", []), found.get("unknown", [])
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     rows = [
         (line["name"], " x ".join(map(str, line["shape"])), percent(line["sparsity"]), str(line.get("pattern") or "-"))
         for line in linears
     ]
     pairs = [
         ("sparsity", f"{percent(found.get('sparsity'))} of {len(linears)} linears"),
+        ("not counted", f"{unknown[0]}{more}, of a kind that cannot be pruned" if unknown else ""),
         ("dtype", str(found.get("dtype", ""))),
         ("size", size(found["bytes"]) if found.get("bytes") else ""),
     ]

@@ -122,6 +122,14 @@ def test_a_line_that_is_no_json_is_told_by_its_number(tmp_path):
         load_examples(tmp_path / "a.jsonl")
 
 
+def test_a_record_that_has_a_key_twice_is_bad(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a", "response": "b", "response": "c"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl` has malformed lines .*line 2: the key `response` is there twice"):
+        load_examples(path)
+    assert len(load_examples(path, skip_bad=1).rows) == 1
+
+
 def test_unknown_fields_are_named(tmp_path):
     with pytest.raises(InputError, match="only `foo`, `bar`"):
         load_examples(write(tmp_path / "a.jsonl", {"foo": "a", "bar": "b"}))

@@ -161,6 +161,20 @@ def test_every_bad_line_is_named_with_its_reason(tmp_path):
     assert "skip_bad" in caught.value.hint
 
 
+def test_a_key_that_is_there_twice_is_a_bad_line_however_deep_it_stands(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        '{"text": "one"}\n{"text": "two", "n": 1, "text": "three"}\n{"text": "four", "at": [{"a": 1, "a": 1, "a": 2}]}'
+    )
+    with pytest.raises(InputError) as caught:
+        load_text(path)
+    assert f"`{path}`" in str(caught.value)
+    assert "line 2: the key `text` is there twice; line 3: the key `a` is there 3 times" in str(caught.value)
+    found = load_text(path, skip_bad=2)
+    assert found.documents == ("one",)
+    assert "2 malformed lines left out" in found.notes[0]
+
+
 def test_bad_lines_may_be_left_out_up_to_a_number(tmp_path):
     path = bad.broken_json(tmp_path)
     text = load_text(path, skip_bad=5)

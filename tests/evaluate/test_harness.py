@@ -294,6 +294,7 @@ def test_a_cause_is_asked_with_because_and_an_effect_with_therefore():
         (json.dumps(question(0)).encode() + b"\n\n" + b"\xff\xfe\n", r"bad.jsonl:3: the line is not UTF-8"),
         (json.dumps(question(0)).encode() + b'\n{"question": "b"}\n', r"bad.jsonl:2: `choices` must be"),
         (b"[" * 100_000, r"bad.jsonl:1: the line is not JSON"),
+        (b'{"question": "a", "question": "b"}', r"bad.jsonl:1: the key `question` is there twice"),
         (
             "\n".join(json.dumps(row) for row in (question(0), sentence(0))).encode(),
             r"bad.jsonl:2: rows with and without",

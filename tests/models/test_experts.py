@@ -12,8 +12,9 @@ from transformers.integrations import use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from secateur.core.errors import InputError
+from secateur.models.blocks import Blocks
 from secateur.models.experts import UnpackedExperts, expert_linears, is_experts, pack_experts_, unpack_experts_
-from secateur.models.linears import find_linears
+from secateur.models.linears import check_prunable, find_linears
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 6, 5, 7
 
@@ -288,7 +289,7 @@ def test_experts_in_an_unknown_layout_are_refused_not_guessed(how):
     spoil(block["moe"]["experts"], how)
     assert not is_experts(block["moe"]["experts"]) and unpack_experts_(block) == []
     with pytest.raises(InputError, match=r"unknown kind: `layers.0.moe.experts.gate_up_proj` of MixtralExperts"):
-        find_linears(block, "layers.0", 0)
+        check_prunable(nn.Identity(), (), Blocks(("layers.0",), [block]))
 
 
 def test_linears_come_expert_after_expert_in_the_order_of_their_forward():

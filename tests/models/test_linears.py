@@ -8,9 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.core.errors import InputError, RecipeError
-from secateur.models.blocks import find_blocks
+from secateur.models.blocks import Blocks, find_blocks
 from secateur.models.linears import (
     OUTSIDE,
+    UnknownMatrix,
+    all_unknown_matrices,
+    check_prunable,
     find_all_linears,
     find_linears,
     find_outside_linears,
@@ -184,20 +187,27 @@ def test_embeddings_norms_vectors_and_biases_are_passed_over():
     assert [linear.name for linear in find_linears(block, "", 0)] == ["up"]
 
 
+def blocks_of(*modules):
+    """Blocks of a model, for functions that are told them."""
+    return Blocks(tuple(f"layers.{index}" for index in range(len(modules))), list(modules))
+
+
 def test_matrices_of_unknown_kinds_are_refused_by_name_unless_ignored():
-    block = nn.ModuleDict({"mixer": StateSpace()})
-    unknown = ["layers.2.mixer.decay", "layers.2.mixer.conv.weight"]
-    assert unknown_matrices(block, "layers.2") == unknown
-    assert unknown_matrices(block) == ["mixer.decay", "mixer.conv.weight"]
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mixer": StateSpace()}) for _ in range(3))})
+    blocks = blocks_of(*model["layers"])
+    unknown = [f"layers.{index}.mixer.{own}" for index in range(3) for own in ("decay", "conv.weight")]
+    assert [matrix.name for matrix in all_unknown_matrices(model, blocks)] == unknown
+    assert unknown_matrices(blocks.modules[0])[0] == UnknownMatrix("mixer.decay", "StateSpace")
     with pytest.raises(
-        InputError, match=r"unknown kind: `layers.2.mixer.decay` of StateSpace \(and 1 more\)"
+        InputError, match=r"unknown kind: `layers.0.mixer.decay` of StateSpace \(and 5 more\)"
     ) as caught:
-        find_linears(block, "layers.2", 2)
-    assert '"layers.*.mixer.decay"' in str(caught.value.hint)
-    for ignore in (["layers.*.mixer.decay", "layers.2.mixer.conv"], unknown, ["StateSpace", "Conv1d"]):
-        assert [linear.name for linear in find_linears(block, "layers.2", 2, ignore)] == ["layers.2.mixer.out"]
-    with pytest.raises(InputError, match=r"`layers.2.mixer.conv.weight` of Conv1d"):
-        find_linears(block, "layers.2", 2, ["*.decay"])
+        check_prunable(model, (), blocks)
+    assert 'ignore: ["layers.*.mixer.decay", "layers.*.mixer.conv.weight"]' in str(caught.value.hint)
+    for ignore in (["layers.*.mixer.decay", "re:.*conv"], unknown, ["StateSpace", "Conv1d"]):
+        check_prunable(model, ignore, blocks)
+    with pytest.raises(InputError, match=r"`layers.0.mixer.conv.weight` of Conv1d"):
+        check_prunable(model, ["*.decay"], blocks)
+    assert [linear.name for linear in find_linears(blocks.modules[2], "layers.2", 2)] == ["layers.2.mixer.out"]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +220,9 @@ def test_matrices_of_unknown_kinds_are_refused_by_name_unless_ignored():
     ids=["attention", "bilinear", "parametrized"],
 )
 def test_modules_that_only_look_like_linears_are_refused(build, what):
+    block = nn.ModuleDict({"part": build()})
     with pytest.raises(InputError, match=what):
-        find_linears(nn.ModuleDict({"part": build()}), "layers.0", 0)
+        check_prunable(nn.ModuleList([block]), (), blocks_of(block))
 
 
 def test_quantised_weights_are_refused_by_name():
@@ -221,7 +232,7 @@ def test_quantised_weights_are_refused_by_name():
             self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
 
     with pytest.raises(InputError, match=r"`layers.0.up.qweight` of Packed"):
-        find_linears(nn.ModuleDict({"up": Packed()}), "layers.0", 0)
+        check_prunable(nn.Identity(), (), blocks_of(nn.ModuleDict({"up": Packed()})))
     eight = nn.Linear(4, 4)
     eight.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(InputError, match=r"`layers.0.up` is stored as torch.float8"):
@@ -230,9 +241,12 @@ def test_quantised_weights_are_refused_by_name():
 
 def test_a_linear_that_two_modules_share_is_refused_inside_a_block(block):
     block["again"] = block["up"]
-    with pytest.raises(InputError, match=r"`layers.0.again` shares its weight with `layers.0.up`"):
-        find_linears(block, "layers.0", 0)
-    assert len(find_linears(block, "layers.0", 0, ["layers.0.again"])) == 2
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    with pytest.raises(InputError, match=r"`layers.0.up` shares its weight with `layers.0.again`"):
+        check_prunable(model, (), blocks_of(block))
+    with pytest.raises(InputError, match=r"`layers.0.up` shares its weight with `layers.0.again`"):
+        check_prunable(model, ["layers.0.again"], blocks_of(block))
+    check_prunable(model, ["layers.0.again", "layers.0.up"], blocks_of(block))
 
 
 @pytest.mark.parametrize("share", ["module", "parameter", "memory"])
@@ -247,8 +261,8 @@ def test_a_linear_that_two_blocks_share_is_refused(tiny_llama, share):
     with pytest.raises(
         InputError, match=r"`model.layers.0.mlp.up_proj` shares its weight with `model.layers.1.mlp.up_proj`"
     ):
-        find_all_linears(tiny_llama)
-    assert len(find_all_linears(tiny_llama, ["*.up_proj"])) == 12
+        check_prunable(tiny_llama)
+    check_prunable(tiny_llama, ["*.up_proj"])
 
 
 def test_linears_outside_the_blocks_come_only_when_asked_for(tiny_llama):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -454,6 +455,34 @@ def test_a_listing_says_which_adapters_fit_a_model_and_why_not(base, tmp_path):
     assert {name for name, line in lines.items() if line["fits"]} == {"spp", "s2ft", "lora"}
     assert "under another mask" in lines["elsewhere"]["why"]
     assert "is 32x32, not 64x64" in lines["wide"]["why"] or "is 32x64, not 64x128" in lines["wide"]["why"]
+
+
+@pytest.mark.parametrize("kind", ["spp", "masked_lora", "pst", "lora", "dora", "s2ft"])
+def test_an_adapter_whose_configuration_belies_its_tensors_does_not_fit(base, tmp_path, kind):
+    folder = save_adapter(base, tmp_path / "adapter", kind)
+    before = torch.get_rng_state()
+    (line,) = adapters.list_adapters(folder, model=secateur.load(base).model)["adapters"]
+    assert line["fits"], line["why"]
+    if kind == "s2ft":
+        units = json.loads((folder / "adapter_config.json").read_text())["units"]
+        units["down"]["0"] = units["down"]["0"][:-1]
+        edit(folder, units=units)
+    else:
+        edit(folder, r=8)
+    (line,) = adapters.list_adapters(folder, model=base)["adapters"]
+    assert line["fits"] is False
+    assert re.search(r"tensor `.*` of .* has shape \[.*\], but `adapter_config.json` asks for \[.*\]", line["why"])
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(InputError):  # as it is when somebody wants to use it
+        secateur.load(folder)
+
+
+def test_an_adapter_without_some_of_its_tensors_does_not_fit(base, tmp_path):
+    folder = save_adapter(base, tmp_path / "adapter", "spp")
+    edit_tensors(folder, lambda tensors: tensors.pop(next(iter(tensors))))
+    (line,) = adapters.list_adapters(folder, model=base)["adapters"]
+    assert line["fits"] is False
+    assert "is missing" in line["why"]
 
 
 def test_folders_without_adapters_are_refused(base, tmp_path):

@@ -40,6 +40,14 @@ def test_words_of_other_libraries_are_understood(word):
         build_method({"name": "sparsegpt", word: 0.2, "damping": 0.1}, "pruner")
 
 
+@pytest.mark.parametrize("settings", [{"r": 4, "rank": 4}, {"rank": 4, "r": 4}, {"rank": 4, "r": 8}])
+def test_a_setting_under_two_words_is_refused_by_both_whichever_comes_first(settings):
+    assert build_method({"name": "masked_lora", "rank": 4, "alpha": 3}, "adapter").lora_alpha == 3
+    one, two = settings
+    with pytest.raises(RecipeError, match=f"`r` of masked_lora twice, as `{one}` and as `{two}`"):
+        build_method({"name": "masked_lora", **settings}, "adapter")
+
+
 def test_an_object_passes_through():
     built = build_method("wanda", "pruner")
     assert build_method(built, "pruner") is built

@@ -257,6 +257,17 @@ def test_strict_stops_at_the_first_row_that_fails(small, tmp_path):
     assert len((tmp_path / "t" / "rows.jsonl").read_text().splitlines()) == 1  # the dense row
 
 
+@pytest.mark.parametrize("statistics", ["own", "shared"])
+def test_a_table_says_what_its_calibration_text_is_warned_of_and_strict_refuses_it(small, tmp_path, statistics):
+    text = tmp_path / "text.txt"
+    text.write_text("again " * 400)
+    settings = {"methods": ["wanda"], "calibration": text, "samples": 2, "statistics": statistics}
+    with pytest.raises(StateError, match="samples repeat another"):
+        table(small, tmp_path / "t", strict=True, **settings)
+    assert not (tmp_path / "t").exists()
+    assert any("samples repeat another" in line for line in table(small, tmp_path / "t", **settings)["warnings"])
+
+
 def test_kept_models_are_those_that_were_measured(small, tmp_path):
     for statistics in ("own", "shared"):
         report = table(small, tmp_path / statistics, methods=["wanda"], keep_models=True, statistics=statistics)

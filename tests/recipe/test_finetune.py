@@ -60,9 +60,17 @@ def test_what_is_merged_has_the_zeros_it_had_and_says_what_the_adapter_said(spar
         assert torch.allclose(merged(ids).logits, beside, atol=1e-5)
     if adapter["name"] != "pst":  # which chooses its own zeros
         assert same(supports(merged), before)
+    assert report["sparsity"] == pytest.approx(0.6 if adapter["name"] == "pst" else 0.5, abs=1e-3)
+    assert report["sparsity"] == pytest.approx(secateur.inspect(merged)["sparsity"], abs=1e-9)
     assert len(report["losses"]) == 3
     assert report["sparsity_before"] == pytest.approx(0.5)
     assert 0 < report["trainable"] < 0.5 * sum(weight.numel() for weight in merged.parameters())
+
+
+def test_a_model_with_a_pst_adapter_is_as_sparse_as_its_mask_says(trained_folder, tmp_path):
+    secateur.finetune(trained_folder, adapter=ADAPTERS["pst"], output=tmp_path / "out", **SHORT)
+    report = secateur.evaluate(tmp_path / "out", perplexity="builtin:tiny", length=64, limit=1)
+    assert report["sparsity"] == pytest.approx(0.6, abs=1e-3)
 
 
 def test_training_learns(sparse):
@@ -262,6 +270,9 @@ def test_other_settings_do_not_go_on_with_a_run(sparse, tmp_path):
         ({"adapter": "ebft"}, RecipeError, "is a block tuner, not a adapter"),
         ({"adapter": {"name": "spp", "r": 5}}, RecipeError, "r"),
         ({"adapter": {"name": "s2ft", "o": 1000}}, RecipeError, "o"),
+        ({"adapter": {"name": "spp", "rank_pattern": {"q_prj": 4}}}, RecipeError, "did you mean `q_proj`"),
+        ({"adapter": {"name": "lora", "rank_pattern": {"q_prj": 4}}}, RecipeError, "did you mean `q_proj`"),
+        ({"adapter": {"name": "lora", "rank_pattern": {"(": 4}}}, RecipeError, "not a regular expression"),
         ({"adapter": None, "merge": True}, RecipeError, "nothing to merge"),
         ({"compact_state": True}, RecipeError, "compact_state"),
         ({"optimizer": "adamw"}, RecipeError, "`optimizer` is `adamw`"),
@@ -287,6 +298,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(sparse, tmp_path, 
     with pytest.raises(error, match=said):
         secateur.finetune(sparse, output=tmp_path / "out", **{**SHORT, **settings})
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "out.lock"])
+
+
+def test_what_the_data_are_warned_of_is_an_error_with_strict_before_any_training(sparse, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "The gardener cuts the old wood first."}\n' * 2 + "not JSON\n")
+    settings = {**SHORT, "data": data, "skip_bad": 1, "steps": 1, "output": tmp_path / "out"}
+    for dry in (True, False):
+        with pytest.raises(StateError, match=r"as asked: .*data\.jsonl`: 1 malformed lines"):
+            secateur.finetune(sparse, adapter=ADAPTERS["spp"], strict=True, dry_run=dry, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    secateur.finetune(sparse, adapter=ADAPTERS["spp"], **settings)
 
 
 def test_a_dense_base_is_trained_and_said_to_be_dense(trained_folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +15,7 @@ from adapted import adapt, config_of, each_adapter, finish, one_layer, sparse_ll
 from conftest import TINY_TRAINED, random_ids
 from secateur.core.errors import InputError, RecipeError
 from secateur.methods.adapters.pst import PstSchedule
+from secateur.train.adapter_config import rank_of
 from secateur.train.adapter_linear import adapted_linears
 from secateur.train.adapter_model import default_targets, without_adapters
 
@@ -150,6 +153,36 @@ def test_trl_trains_it_with_activation_checkpointing(kind, tmp_path):
     if kind != "pst":
         found = zeros_of(trainer.model.merge_and_unload())
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["spp", "masked_lora", "pst"])
+def test_a_key_that_fits_no_adapted_linear_is_refused_and_every_way_to_name_one_is_not(kind):
+    plain = sparse_llama()
+    for key, words in (("q_prj", "did you mean `q_proj`"), (r"layers\.7\.mlp\.up_proj", "fits no linear")):
+        with pytest.raises(RecipeError, match=f"`rank_pattern` has the key .*{words}"):
+            adapt(plain, config_of(kind, r=4, rank_pattern={"q_proj": 2, key: 2}))
+        assert not adapted_linears(plain)
+    with pytest.raises(RecipeError, match=r"`rank_pattern` has the key '\(', which is not a regular expression"):
+        config_of(kind, rank_pattern={"(": 2})
+    keys = [
+        "q_proj",
+        "mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+        r"^model\.layers\.1\..*k_proj",
+        "self_attn.[vo]_proj",
+    ]
+    model = adapt(plain, config_of(kind, r=4, rank_pattern=dict.fromkeys(keys, 2)))
+    assert sum(rank_of(layer.configs["default"], layer.name) == 2 for layer in adapted_linears(model)) == 10
+
+
+def test_an_adapter_on_disk_whose_ranks_have_an_idle_key_opens_as_before(tmp_path):
+    model = adapt(sparse_llama(), config_of("spp", r=4))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"of_another_model": 2}}))
+    with pytest.warns(RuntimeWarning, match="did not match any"):
+        again = PeftModel.from_pretrained(sparse_llama(), tmp_path)
+    assert len(adapted_linears(again)) == len(adapted_linears(model))
 
 
 def test_the_model_stays_plain_if_an_adapter_does_not_fit():

@@ -162,12 +162,37 @@ def _read_txt(path: Path, _field: str, _skip_bad: int, limit: int) -> Read:
     return Read(["".join(pieces)[:limit]], [*notes, limited(str(path), limit)] if cut else notes)
 
 
+class RepeatedKey(ValueError):
+    """A JSON object has a key twice, so that readers would disagree about its value."""
+
+
+def json_record(line: str) -> Any:
+    """Return the value of a line of JSON.
+
+    Raises:
+        RepeatedKey: an object in it has a key twice.
+        ValueError, RecursionError: it is no JSON.
+    """
+    return _DECODER.decode(line)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(key, times)] = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKey(f"the key `{key[:80]}` is there {'twice' if times == 2 else f'{times} times'}")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def jsonl_records(path: Path, faults: Faults, counts: Counter[str], longest: int) -> Iterator[tuple[int, Any]]:
-    """Yield the number (from 1) and the value of every line of a `.jsonl` file; lines that are no JSON are faults.
+    """Yield the number (from 1) and the value of every line of a `.jsonl` file; what is no sound JSON is a fault.
 
     Args:
         path: the file.
-        faults: where lines that are no JSON are added.
+        faults: where lines that are no JSON, or have a key twice, are added.
         counts: where changes to the text are counted, see `put_right`.
         longest: characters of a line at most.
     """
@@ -176,7 +201,10 @@ def jsonl_records(path: Path, faults: Faults, counts: Counter[str], longest: int
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json_record(line)
+            except RepeatedKey as error:
+                faults.add(number, str(error))
+                continue
             except (ValueError, RecursionError) as error:
                 reason = (
                     f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

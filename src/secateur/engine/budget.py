@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from secateur.core.errors import PatternError, RecipeError, did_you_mean
 from secateur.core.pattern import Pattern, Unstructured, parse_pattern, pruned_count
-from secateur.models.linears import LinearView, find_all_linears, find_outside_linears, match
+from secateur.models.blocks import find_blocks
+from secateur.models.linears import (
+    LinearView,
+    all_unknown_matrices,
+    check_prunable,
+    find_all_linears,
+    find_outside_linears,
+    match,
+)
 
 BUCKETS = 1 << 16
 
@@ -27,21 +35,26 @@ def assign(
         model: a causal language model.
         pattern: for every linear of the blocks.
         overrides: `{name pattern: pattern}`, the last match wins; None (or `dense`) leaves the linear alone.
-        ignore: name patterns of linears to leave alone.
+        ignore: name patterns of linears, and of matrices that cannot be pruned, to leave alone.
         include: name patterns of linears outside the blocks to prune as well; an embedding by its exact name.
 
     Raises:
         PatternError: if a pattern does not fit the linear it is for.
         RecipeError: if an entry of `overrides`, `ignore` or `include` matches nothing.
-        InputError: if an included linear is tied to a module that is not included.
+        InputError: if a matrix of the blocks cannot be pruned and is not ignored, or an included linear is tied to a
+            module that is not included.
     """
     outside = find_outside_linears(model, include) if include else []
     _refuse_strangers(model, include, outside)
-    linears = [*find_all_linears(model), *outside]
+    blocks = find_blocks(model)
+    check_prunable(model, ignore, blocks)
+    linears = [*find_all_linears(model, blocks=blocks), *outside]
     chosen: dict[str, Pattern] = {}
     general = parse_pattern(pattern)
     special = [(names, _parse_or_none(wanted)) for names, wanted in (overrides or {}).items()]
-    for names in [*(names for names, _ in special), *ignore]:
+    unknown = all_unknown_matrices(model, blocks)
+    idle = [names for names in ignore if not any(matrix.is_meant([names]) for matrix in unknown)]
+    for names in [*(names for names, _ in special), *idle]:
         _refuse_idle(names, linears)
     for linear in linears:
         if _matches(linear, ignore):

@@ -28,6 +28,7 @@ from torch import nn
 
 from secateur.core.errors import InputError, RecipeError, missing_extra
 from secateur.core.progress import Progress, Silent
+from secateur.data.textfile import RepeatedKey, json_record
 from secateur.evaluate.placement import ready
 
 LONGEST_LINE = 16 << 20  # bytes; a longer one is no question
@@ -172,10 +173,12 @@ def _read_task(path: Path) -> LocalTask:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
-                row = json.loads(text)
+                row = json_record(text)
                 item = read_item(row)
             except UnicodeDecodeError as error:
                 raise InputError(f"the line is not UTF-8 ({error.reason})", where=where) from error
+            except RepeatedKey as error:
+                raise InputError(str(error), where=where) from error
             except (json.JSONDecodeError, RecursionError) as error:
                 raise InputError(f"the line is not JSON ({error})", where=where) from error
             except InputError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur.core.errors import InputError
 from secateur.core.progress import Progress, Silent, step
 from secateur.export.bitmask import stored_bytes
-from secateur.models.linears import find_all_linears
+from secateur.models.linears import all_unknown_matrices, find_all_linears
 from secateur.models.pages import Mappings
 
 GROUPS = (2, 4, 8, 16, 32)  # the widths M of N:M that are looked for
@@ -31,11 +31,12 @@ def inspect(model: nn.Module, source: str | None = None, *, progress: Progress |
         progress: told about every linear.
 
     Returns:
-        `{"model", "sparsity", "dtype", "bytes", "formats", "linears"}`: `sparsity` is the fraction of zeros over all
-        linears, `dtype` that of most parameters, `bytes` the size of all parameters and stored buffers, tied ones once.
+        `{"model", "sparsity", "dtype", "bytes", "formats", "linears", "unknown"}`: `sparsity` is the fraction of zeros over
+        all linears, `dtype` that of most parameters, `bytes` the size of all parameters and stored buffers, tied ones once.
         `formats` holds `{"bytes", "ratio"}` of `checkpoint` and `bitmask` (without headers), and for `2:4`
         `{"possible", "linears", "of"}`: whether all linears, or how many of them, fit the 2:4 kernels of GPUs.
-        `linears` lists `{"name", "block", "shape", "sparsity", "pattern"}`, see `pattern_of`.
+        `linears` lists `{"name", "block", "shape", "sparsity", "pattern"}`, see `pattern_of`; `unknown` names the
+        matrices of the blocks that are of no kind which can be pruned, and that are not counted.
 
     Raises:
         InputError: if the model has no weights in memory, or is of an unknown architecture.
@@ -76,6 +77,7 @@ def inspect(model: nn.Module, source: str | None = None, *, progress: Progress |
             "2:4": {"possible": bool(linears) and fitting == len(linears), "linears": fitting, "of": len(linears)},
         },
         "linears": linears,
+        "unknown": [matrix.name for matrix in all_unknown_matrices(model)],
     }
 
 

@@ -1,8 +1,8 @@
 """The prunable matrices of a block, all behind one view `(out_features, in_features)`.
 
 A linear is an `nn.Linear`, a transposed Conv1D of GPT-2, or one expert's slice of a 3-D parameter. Routers, embeddings
-and norms are left alone. A matrix of any other kind is refused by name, because leaving it out silently would make
-every statement about the model's sparsity wrong.
+and norms are left alone. A matrix of any other kind is refused by name where a model is to be pruned, unless it is left
+out by name: left out in silence, it would make every statement about the model's sparsity wrong.
 """
 
 from __future__ import annotations
@@ -83,44 +83,44 @@ class LinearView:
         return mask.T.contiguous() if self.transposed else mask
 
 
+@dataclass(frozen=True)
+class UnknownMatrix:
+    """A matrix in a block that is of no known kind, so that it cannot be pruned.
+
+    Attributes:
+        name: of the parameter or buffer in the model ("model.layers.0.mixer.A_log").
+        class_name: of the module that owns it, what patterns may name.
+    """
+
+    name: str
+    class_name: str
+
+    def is_meant(self, patterns: Sequence[str]) -> bool:
+        """Return whether any of `patterns` means the matrix or its module, see `match`."""
+        return match(self.name.rpartition(".")[0], self.class_name, patterns) or match(self.name, "", patterns)
+
+
 def find_linears(block: nn.Module, name: str, index: int, ignore: Sequence[str] = ()) -> list[LinearView]:
     """Return the prunable linears of `block`, in the order in which it defines them.
 
-    Works on packed and on unpacked blocks and gives the same names for both.
+    Works on packed and on unpacked blocks and gives the same names for both. Whether all that is there can be pruned is
+    for `check_prunable` to say.
 
     Args:
         block: a block, or a copy of it.
         name: its module name in the model, in front of all names.
         index: its number.
-        ignore: linears, and matrices of unknown kinds, to leave out, see `match`.
+        ignore: linears to leave out, see `match`.
 
     Raises:
-        InputError: naming the module, if the block holds a matrix of an unknown kind, a quantised one, or one that
-            several of its modules share.
+        InputError: naming the module, if a weight is quantised.
     """
     views: list[LinearView] = []
-    unknown: list[str] = []
-    for path, module, strange in _walk(block):
-        full = f"{name}.{path}" if path and name else path or name
-        views += _views(module, full, index)
-        unknown += [
-            f"`{full}.{parameter}` of {type(module).__name__}"
-            for parameter in strange
-            if not match(full, type(module).__name__, ignore) and not match(f"{full}.{parameter}", "", ignore)
-        ]
-    if unknown:
-        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise InputError(
-            f"block `{name}` holds a matrix of an unknown kind: {unknown[0]}{more}",
-            hint=f"leave it as it is with `ignore: [{_pattern_for(unknown[0])}]`",
-        )
+    for path, module, _ in _walk(block):
+        views += _views(module, f"{name}.{path}" if path and name else path or name, index)
     kept = [view for view in views if not match(view.name, view.class_name, ignore)]
-    owners: dict[object, str] = {}
     for view in kept:
         _refuse_quantised(view)
-        other = owners.setdefault((_place(view.parameter), str(view.index)), view.name)
-        if other != view.name:
-            raise _shared(view.name, other)
     return kept
 
 
@@ -133,15 +133,38 @@ def find_all_linears(model: nn.Module, ignore: Sequence[str] = (), blocks: Block
         blocks: from `find_blocks(model)`, if known already.
 
     Raises:
-        InputError: as `find_blocks` and `find_linears` do; and if a linear shares its weight with another module,
-            in another block or outside.
+        InputError: as `find_blocks` and `find_linears` do.
     """
     blocks = blocks or find_blocks(model)
     views: list[LinearView] = []
     for index, (name, block) in enumerate(zip(blocks.names, blocks.modules, strict=True)):
         views += find_linears(block, name, index, ignore)
-    _refuse_shared(model, views)
     return views
+
+
+def check_prunable(model: nn.Module, ignore: Sequence[str] = (), blocks: Blocks | None = None) -> None:
+    """Raise InputError unless every matrix of the blocks can be pruned, or is left out by name.
+
+    Args:
+        model: a decoder-only language model.
+        ignore: linears, and matrices of unknown kinds, that are left as they are, see `match`.
+        blocks: from `find_blocks(model)`, if known already.
+
+    Raises:
+        InputError: naming the module, if a matrix is of an unknown kind or quantised, or if a linear shares its weight
+            with another module, wherever that is.
+    """
+    blocks = blocks or find_blocks(model)
+    unknown = [matrix for matrix in all_unknown_matrices(model, blocks) if not matrix.is_meant(ignore)]
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", matrix.name, count=1) for matrix in unknown)
+        patterns = ", ".join(f'"{name}"' for name in names)
+        raise InputError(
+            f"the model holds a matrix of an unknown kind: `{unknown[0].name}` of {unknown[0].class_name}{more}",
+            hint=f"leave what cannot be pruned as it is with `ignore: [{patterns}]`",
+        )
+    _refuse_shared(model, find_all_linears(model, ignore, blocks))
 
 
 def find_outside_linears(
@@ -190,8 +213,8 @@ def sparsity(model: nn.Module) -> float:
     return zeros / size if size else 0.0
 
 
-def unknown_matrices(block: nn.Module, name: str = "") -> list[str]:
-    """Return the names of the matrices in `block` that are of no known kind.
+def unknown_matrices(block: nn.Module, name: str = "") -> list[UnknownMatrix]:
+    """Return the matrices in `block` that are of no known kind.
 
     Those are parameters of two or more dimensions, and integer tables of quantised layers, that belong to no linear,
     experts module, router, embedding or norm. A matrix with one row or one column counts as a vector.
@@ -202,8 +225,17 @@ def unknown_matrices(block: nn.Module, name: str = "") -> list[str]:
     """
     prefix = f"{name}." if name else ""
     return [
-        f"{prefix}{path}{'.' if path else ''}{parameter}" for path, _, strange in _walk(block) for parameter in strange
+        UnknownMatrix(f"{prefix}{path}{'.' if path else ''}{parameter}", type(module).__name__)
+        for path, module, strange in _walk(block)
+        for parameter in strange
     ]
+
+
+def all_unknown_matrices(model: nn.Module, blocks: Blocks | None = None) -> list[UnknownMatrix]:
+    """Return the matrices of no known kind in all blocks of `model`, which no statement about its sparsity counts."""
+    blocks = blocks or find_blocks(model)
+    pairs = zip(blocks.modules, blocks.names, strict=True)
+    return [matrix for block, name in pairs for matrix in unknown_matrices(block, name)]
 
 
 def match(name: str, class_name: str, patterns: Sequence[str]) -> bool:
@@ -343,9 +375,3 @@ def _place(parameter: Tensor) -> object:
     if part.is_meta or not part.numel():
         return id(parameter)
     return part.device, part.data_ptr()
-
-
-def _pattern_for(described: str) -> str:
-    """Return a pattern that leaves out the matrix named in `described` in all blocks."""
-    name = described.split("`")[1]
-    return '"' + re.sub(r"\.\d+\.", ".*.", name, count=1) + '"'

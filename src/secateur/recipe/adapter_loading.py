@@ -5,6 +5,7 @@ PEFT warns of missing tensors and says nothing of superfluous ones; it keeps val
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ def adapted(model: nn.Module, folder: AdapterFolder, name: str = "default") -> t
 def misfit(folder: AdapterFolder, model: nn.Module) -> str | None:
     """Return why the adapter is not for `model`, None if it is; the model is only looked at.
 
-    Its record of shapes, values and zeros decides where it has one, else the names and shapes of its tensors.
+    Its record of shapes, values and zeros has to be that of the model where it has one, and its tensors have to be those
+    that its configuration asks for in this model.
     """
     from secateur.methods.registry import register_adapters
     from secateur.train.adapter_base import check_base
@@ -135,7 +137,36 @@ def misfit(folder: AdapterFolder, model: nn.Module) -> str | None:
                 f"the adapter is for another model: `{name}` is {'x'.join(map(str, weight.shape))}, not "
                 f"{second.shape[0]}x{first.shape[1]}"
             )
+    try:
+        _refuse_unlike(folder, model, config)
+    except SecateurError as error:
+        return str(error)
     return None
+
+
+def _refuse_unlike(folder: AdapterFolder, model: nn.Module, config: Any) -> None:
+    """Raise InputError unless the tensors of the adapter are those that PEFT would make by `config`, names and shapes.
+
+    It makes them for a copy of the model without memory.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    empty: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        there = tensor.detach().to("meta")
+        empty[id(tensor)] = nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+    with warnings.catch_warnings(), opening(f"the adapter `{folder.path}`"), quiet():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel(copy.deepcopy(model, empty), config, low_cpu_mem_usage=True)
+        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    _refuse_incomplete(folder, wanted, wrapped)
+    for name, tensor in wanted.items():
+        found = folder.tensors[name].shape
+        if tuple(found) != tuple(tensor.shape):
+            raise InputError(
+                f"tensor `{name}` of `{folder.path / WEIGHTS}` has shape {list(found)}, but `{CONFIG}` asks for "
+                f"{list(tensor.shape)} in this model"
+            )
 
 
 def need_peft() -> None:

@@ -114,10 +114,12 @@ def _construct(entry: Entry, given: dict[str, Any], where: str) -> Any:
     checked = _checking(entry) if entry.kind == "adapter" else cls
     known: dict[str, Any] = getattr(checked, "__pydantic_fields__", {})
     values: dict[str, Any] = {}
+    words: dict[str, str] = {}  # as which each was given
     for word, value in given.items():
         name = ALIASES[word] if word not in known and ALIASES.get(word) in known else word
         if name in values:
-            raise RecipeError(f"`{where}` gives `{name}` of {entry.name} twice, as `{name}` and as `{word}`")
+            raise RecipeError(f"`{where}` gives `{name}` of {entry.name} twice, as `{words[name]}` and as `{word}`")
+        words[name] = word
         info = known.get(name)
         inner = _contract(info.annotation) if info is not None else None
         if inner is not None and isinstance(value, str | Mapping):

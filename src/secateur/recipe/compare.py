@@ -118,7 +118,8 @@ def compare(
             again, and more methods, plans, tuners or patterns than before are welcome.
         overwrite: replace an earlier comparison.
         keep_models: keep the pruned model of every row in `output`.
-        strict: raise the error of the first row that fails, and treat warnings of `prune` as errors.
+        strict: raise the error of the first row that fails, and treat warnings of `prune` as errors, also those
+            of the calibration text, before the first row.
         title: heading of the report.
         calibration, samples, length, refit, sequential, error_correction, guard, freeze_zeros, ignore, include, overrides,
             nonfinite, fallback, seed, device, dtype, offload, batch_tokens, field, skip_bad, memory_limit, allow_pickle,
@@ -170,8 +171,10 @@ class Comparing:
         self.live: nn.Module | None = job.model if job.source is None else None
         self.tokenizer = job.tokenizer
         self.data: Calibration | None = None if given["calibration"] is None else job.calibration(needed=True)
+        job.warnings += () if self.data is None else self.data.notes
+        job.refuse_warnings()
         self.ids: dict[str, Tensor] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = job.warnings
         for spec in texts:
             text = load_text(
                 spec, field=given["field"], skip_bad=given["skip_bad"], lines=given["lines"], role="evaluation"

@@ -129,6 +129,7 @@ def merged(
         save_adapter(model, None, folder, side)
         done = merge_into(model.unload(), read_adapter(folder), job.spec)
         job.warnings += done.notes
+        job.refuse_warnings()
         side = {**side, "weights": weight_sides(done.model, job)}
         if target is not None:
             job.warnings += publish_merged(target, bool(job.options["overwrite"]), done, tokenizer, side)

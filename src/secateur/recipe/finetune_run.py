@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import RecipeError, StateError, TimeLimitReached
+from secateur.core.errors import RecipeError, TimeLimitReached
 from secateur.core.processes import is_first, process_count
 from secateur.core.versions import versions
 from secateur.data.instructions import Examples
 from secateur.engine.memory import peak_memory
 from secateur.methods.registry import REGISTRY
 from secateur.models.files import save_model
-from secateur.models.linears import sparsity
+from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import describe
 from secateur.recipe.finetune_folder import (
@@ -72,6 +72,7 @@ class FinetuneRun:
         job, options = self.job, self.job.options
         target = None if options["output"] is None else Path(options["output"])
         report = self._head()
+        job.refuse_warnings()
         if options["dry_run"]:
             return Result(job.model, {**report, "dry_run": True, "warnings": job.warnings})
         identity = self._identity(report)
@@ -85,10 +86,7 @@ class FinetuneRun:
         again = {"resume": options["resume"], "overwrite": options["overwrite"]}
         with unfinished(target, identity, main=is_first(), **again) as state:
             trained = self._trained(state, target)
-            if options["strict"] and job.warnings:
-                raise StateError(
-                    f"not everything was done as asked: {job.warnings[0]}", hint="leave out --strict to accept it"
-                )
+            job.refuse_warnings()
             report |= {
                 "steps_done": trained.steps,
                 "losses": trained.losses,
@@ -100,7 +98,7 @@ class FinetuneRun:
                 **_trainable(trained.model),
             }
             result = self._published(trained.model, made, state, target)
-            report["sparsity"] = sparsity_beneath(result)
+            report["sparsity"] = effective_sparsity(result)
         report |= {
             "merged": options["merge"],
             "seconds": time.perf_counter() - job.started,
@@ -194,6 +192,9 @@ class FinetuneRun:
         """Return PEFT's model with a new adapter, which alone is to be trained."""
         from peft import get_peft_model
 
+        from secateur.train.adapter_config import check_pattern_keys
+        from secateur.train.peft_parts import BaseTunerLayer
+
         job, config = self.job, self.config
         if getattr(config, "task_type", None) is None:
             config.task_type = "CAUSAL_LM"
@@ -204,6 +205,8 @@ class FinetuneRun:
             warnings.simplefilter("always")
             with _drawn_alike(job.model, self.training.seed):
                 model = get_peft_model(job.model, config)
+        modules = model.get_base_model().named_modules()
+        check_pattern_keys(config, [name for name, module in modules if isinstance(module, BaseTunerLayer)])
         if job.source is not None:
             for made in model.peft_config.values():
                 made.base_model_name_or_path = _findable(job.spec)
@@ -234,6 +237,7 @@ class FinetuneRun:
             with publish(target, job.options["overwrite"]) as folder:
                 if self.config is None:
                     job.warnings += save_model(model, words, folder, {**side, "weights": weight_sides(model, job)})
+                    job.refuse_warnings()
                 else:
                     save_adapter(model, words, folder, side)
         result: nn.Module = model
@@ -272,12 +276,22 @@ def _trainable(model: nn.Module) -> dict[str, Any]:
     return {"trainable": trained, "trainable_share": trained / every}
 
 
-def sparsity_beneath(model: Any) -> float:
-    """Return the fraction of zeros in the linears of the blocks, those under adapters as they are without them."""
+def effective_sparsity(model: Any) -> float:
+    """Return the fraction of zeros in the linears of the blocks, those with adapters of ours as if these were merged.
+
+    PEFT's own adapters are passed over: merging one into zeros needs a decision of the user's.
+    """
     if not hasattr(model, "get_base_model"):
         return sparsity(model)
+    from secateur.train.adapter_linear import adapted_linears
     from secateur.train.adapter_model import without_adapters
 
     base = model.get_base_model()
+    layers = {layer.get_base_layer(): layer for layer in adapted_linears(base)}
+    kept = size = 0
     with without_adapters(base):
-        return sparsity(base)
+        for view in find_all_linears(base):
+            layer = layers.get(view.module)
+            mask = view.read() != 0 if layer is None else layer.effective_mask()
+            kept, size = kept + int(mask.count_nonzero()), size + mask.numel()
+    return 1 - kept / size if size else 0.0

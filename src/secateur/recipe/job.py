@@ -77,24 +77,40 @@ class Job:
             self.teacher, self.teacher_identity = self._teacher(teacher)
 
     def _load(self, spec: Any) -> Loaded:
-        loading = ("dtype", "allow_pickle", "trust_remote_code", "revision")
-        known = {name: self.options[name] for name in loading if name in self.options}
-        return load(spec, progress=self.progress, **known)
+        return load(spec, progress=self.progress, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        """Return the options of the call that `load` takes."""
+        names = ("dtype", "allow_pickle", "trust_remote_code", "revision")
+        return {name: self.options[name] for name in names if name in self.options}
 
     def _teacher(self, teacher: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Return the dense model, and what tells it from any other where a run can be gone on with."""
         if isinstance(teacher, nn.Module):
             kept = self.options.get("output") is not None or self.options.get("state") is not None
             return teacher.eval(), identity_of(teacher, None, type(teacher).__name__) if kept else {}
-        if teacher is None:
-            base = (self.side or {}).get("base_model", {}).get("spec")
-            if not base:
-                raise InputError(
-                    "the dense model that this one was pruned from is not known", hint="name it with --teacher MODEL"
-                )
-            teacher = base
-        dense = self._load(teacher)
-        return dense.model, identity_of(dense.model, dense.source, str(teacher))
+        if teacher is not None:
+            dense = self._load(teacher)
+            return dense.model, identity_of(dense.model, dense.source, str(teacher))
+        base = (self.side or {}).get("base_model", {})
+        if not base.get("spec"):
+            raise InputError(
+                "the dense model that this one was pruned from is not known", hint="name it with --teacher MODEL"
+            )
+        dense = self._load(base["spec"])
+        if base.get("fingerprint") not in (None, dense.source.fingerprint) and not self._was_live(base, dense):
+            raise InputError(
+                f"`{base['spec']}` is not the dense model that `{self.spec}` was pruned from, or it was changed since",
+                hint="name the dense model with --teacher MODEL",
+            )
+        return dense.model, identity_of(dense.model, dense.source, base["spec"])
+
+    def _was_live(self, base: Mapping[str, Any], dense: Loaded) -> bool:
+        """Return whether `base` was pruned in memory, and had the very tensors that are stored where it came from."""
+        if self.options.get("dtype") is not None:
+            dense = load(base["spec"], **{**self._loading(), "dtype": None})
+        found = identity_of(dense.model, None, base["spec"])["fingerprint"]
+        return bool(found == base["fingerprint"])
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this model from any other."""
@@ -146,6 +162,15 @@ class Job:
             text = load_text(str(given), field=options["field"], skip_bad=options["skip_bad"])
             return sample(text, words, **choice)
         return from_texts(list(given), words, **choice)
+
+    def refuse_warnings(self) -> None:
+        """Raise StateError with `strict` if there is anything to warn of by now."""
+        if self.options.get("strict") and self.warnings:
+            more = f" (and {len(self.warnings) - 1} more)" if len(self.warnings) > 1 else ""
+            raise StateError(
+                f"not everything was done as asked: {self.warnings[0]}{more}",
+                hint="leave out --strict to accept it",
+            )
 
     def refuse_changed_source(self) -> None:
         """Raise StateError if the files of the model changed while it was worked on."""

@@ -32,7 +32,7 @@ from secateur.models.linears import find_all_linears, sparsity
 from secateur.models.publish import publish
 from secateur.recipe.build import build_method, describe
 from secateur.recipe.finetune import finetune
-from secateur.recipe.finetune_run import sparsity_beneath
+from secateur.recipe.finetune_run import effective_sparsity
 from secateur.recipe.job import Job, Result, refuse_existing
 from secateur.recipe.opening import load, modes_back
 from secateur.recipe.sweep_run import SweepRun
@@ -127,7 +127,8 @@ def prune(
         inplace: change a live `model` itself instead of a copy.
         max_minutes: stop at a block boundary after this time; needs `output` or `state`, and `resume` goes on.
         memory_limit: bytes of main memory that may be used; the system's free memory if None.
-        strict: raise instead of warn where something was not done as asked.
+        strict: raise an error where there would be a warning, before the work if it is known by then; nothing is
+            published.
         skip_bad: bad lines of a data file that may be skipped.
         allow_pickle: see `load`.
         trust_remote_code: see `load`.
@@ -227,7 +228,8 @@ def tune(
     Args:
         model: the sparse model; masks are read from its zeros.
         method: a block tuner, e.g. `ebft`.
-        teacher: the dense model; None takes the base model named in the sparse model's `secateur.json`.
+        teacher: the dense model; None takes the base model named in the sparse model's `secateur.json`, if it still is
+            what it was.
         tokenizer, calibration, samples, length, nonfinite, ...: as in `prune`.
 
     Returns:
@@ -348,7 +350,7 @@ def evaluate(
         "tokens": tokens,
         "length": length,
         "tasks": scores,
-        "sparsity": sparsity_beneath(job.model),
+        "sparsity": effective_sparsity(job.model),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(job.device),
         "warnings": notes,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core.errors import StateError
 from secateur.core.mask import Masks
 from secateur.core.versions import versions
 from secateur.data.calibration import Calibration
@@ -59,6 +58,8 @@ class SweepRun:
     def run(self) -> Result:
         """Plan, sweep, publish, report."""
         job, options = self.job, self.job.options
+        job.warnings += self.data.notes
+        job.refuse_warnings()
         memory = self._memory()
         report = self._head(memory)
         memory.refuse_if_short(options["memory_limit"])
@@ -74,7 +75,6 @@ class SweepRun:
             done = self._swept(None, None)
         else:
             done = self._journalled(identity, output)
-        job.warnings += [*self.data.notes, *done.warnings]
         report |= {
             "sparsity": done.sparsity,
             "seconds": time.perf_counter() - job.started + done.earlier_seconds,
@@ -146,16 +146,15 @@ class SweepRun:
         """Divide the sparsity if that is asked for, and sweep.
 
         Raises:
-            StateError: with `strict`, if not everything was done as asked.
+            StateError: with `strict`, if there is anything to warn of.
         """
         job, data, teacher = self.job, self.data, self.teacher
         if self.planning is not None:
             teacher = self._plan(self.planning, state)
+            job.refuse_warnings()
         done = self.sweep.run(job.model, data.ids, data.keep, teacher=teacher, journal=journal, progress=job.progress)
-        if job.options["strict"] and done.warnings:
-            raise StateError(
-                f"not everything was done as asked: {done.warnings[0]}", hint="leave out --strict to accept it"
-            )
+        job.warnings += done.warnings
+        job.refuse_warnings()
         return done
 
     def _plan(self, planning: Planning, state: Path | None) -> nn.Module | None:
@@ -201,6 +200,7 @@ class SweepRun:
             if output is not None:
                 with publish(output, options["overwrite"]) as folder:
                     job.warnings += save_model(job.model, job.tokenizer, folder, self._side(identity, done))
+                    job.refuse_warnings()
         except BaseException:
             journal.close(remove=False)
             raise
@@ -253,7 +253,7 @@ class SweepRun:
         job, base = self.job, None
         if job.stage == "tune":
             named = job.options.get("teacher")
-            base = {"spec": str(named)} if isinstance(named, str | Path) else (job.side or {}).get("base_model")
+            base = job.teacher_identity if isinstance(named, str | Path) else (job.side or {}).get("base_model")
         weights = {
             layer.name: {"pattern": str(self.sweep.patterns[layer.name]), **_mask_line(done.masks, layer.name)}
             for block in done.blocks

@@ -7,13 +7,14 @@ writes into the mappings, under names of our own (`secateur_spp`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from secateur.core.errors import InputError, RecipeError
+from secateur.core.errors import InputError, RecipeError, did_you_mean
 from secateur.train.peft_parts import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -143,10 +144,37 @@ def rank_of(config: Any, name: str) -> int:
     return int(patterns.get(get_pattern_key(patterns.keys(), name), config.r))
 
 
+def check_pattern_keys(config: Any, names: Sequence[str]) -> None:
+    """Raise RecipeError unless every key of `rank_pattern` and `alpha_pattern` fits a linear, as PEFT matches them.
+
+    Args:
+        config: of any LoRA-like method.
+        names: of the linears that are adapted.
+    """
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or {}:
+            if not any(get_pattern_key([key], name) == key for name in names):
+                endings = {".".join(name.split(".")[-size:]) for name in names for size in (1, 2, key.count(".") + 1)}
+                raise RecipeError(
+                    f"`{field}` has the key `{key}`, which fits no linear that is adapted{did_you_mean(key, endings)}",
+                    hint="a key is a linear's name or the end of it, such as `down_proj`, or a regular expression for that",
+                )
+
+
+def check_expressions(field: str, patterns: Mapping[str, object] | None) -> None:
+    """Raise RecipeError unless PEFT can match all keys of the field `field`: names, endings of names, or expressions."""
+    for key in patterns or {}:
+        try:
+            get_pattern_key([key], "")
+        except re.error as error:
+            raise RecipeError(f"`{field}` has the key {key!r}, which is not a regular expression: {error}") from error
+
+
 def check_rank(r: object, rank_pattern: object = None, name: str = "r") -> None:
     """Raise RecipeError unless the field `name`, and every value of `rank_pattern`, is a whole number from 1."""
     if rank_pattern is not None and not isinstance(rank_pattern, dict):
         raise RecipeError(f"`rank_pattern` must be a mapping of linears to ranks, got {rank_pattern!r}")
+    check_expressions("rank_pattern", rank_pattern)
     for field, value in [
         (name, r),
         *((f"rank_pattern[{key!r}]", value) for key, value in (rank_pattern or {}).items()),

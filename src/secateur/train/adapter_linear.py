@@ -110,6 +110,21 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         return weight != 0
 
+    @torch.no_grad()
+    def effective_mask(self) -> Tensor:
+        """Return where the weight with the active adapters is not zero, as if merged, bool `(out_features, in_features)`.
+
+        What a mask that still moves prunes now counts as zero.
+        """
+        active = [adapter for adapter in self.active_adapters if self.has(adapter)]
+        if self.disable_adapters or self.merged or not active:
+            return self.weight_view() != 0
+        weight = self.original_weight()
+        kept = self.kept(active, weight)
+        if kept is not None:
+            return kept
+        return self.combined(widened(weight), [(adapter, self._still(adapter)) for adapter in active]) != 0
+
     def check_mergeable(self, adapters: Sequence[str]) -> None:
         """Raise StateError if one of `adapters` is not in a state to be merged."""
 

@@ -16,6 +16,7 @@ from secateur.core.shards import is_sharded
 from secateur.models.experts import is_experts
 from secateur.models.linears import find_all_linears
 from secateur.train.adapter_base import check_base, check_linear, described, packed_experts
+from secateur.train.adapter_config import check_pattern_keys
 from secateur.train.adapter_linear import BASE, AdapterLinear, adapted_linears
 from secateur.train.peft_parts import BaseTuner, BaseTunerLayer
 
@@ -35,7 +36,8 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
 
         Raises:
             InputError: if the adapter was made for another model or under another mask.
-            RecipeError: if its settings do not fit the model, or the model is sharded already (FSDP).
+            RecipeError: if its settings do not fit the model, a key of `rank_pattern` fits no adapted linear, or the model
+                is sharded already (FSDP).
         """
         if any(map(is_sharded, model.parameters())):
             raise RecipeError(
@@ -45,13 +47,19 @@ class AdapterModel(BaseTuner):  # type: ignore[misc]
         config = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         check_base(model, config)
+        new = config.base_weights is None
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if new:  # an error below; for an adapter that was made already PEFT's warning is enough
+                    warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [module for module in adapted_linears(model) if module.has(adapter_name)]
+            if new:
+                check_pattern_keys(config, [layer.name for layer in layers])
         except BaseException:
             _take_back(model, adapter_name)
             raise
-        layers = [module for module in adapted_linears(model) if module.has(adapter_name)]
-        if config.base_weights is None and not any(layer.original_weight().is_meta for layer in layers):
+        if new and not any(layer.original_weight().is_meta for layer in layers):
             config.base_weights = {layer.name: described(layer.original_weight()) for layer in layers}
         self.injected(model, config, adapter_name)
 

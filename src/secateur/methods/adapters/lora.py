@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 
+from secateur.train.adapter_config import check_expressions
+
 _OWN: dict[str, Any] = {  # as PEFT declares them, which reads more than their defaults
     one.name: field(default=one.default, metadata=one.metadata)
     for one in fields(LoraConfig)
@@ -50,3 +52,5 @@ class PlainLoraConfig(LoraConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self.rank_pattern = self.rank_pattern or {}
         super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            check_expressions(name, getattr(self, name))

@@ -270,7 +270,9 @@ class CrAMOptimizer(torch.optim.Optimizer):
         for view in find_all_linears(model):
             if id(view.parameter) in known:
                 _, pieces = found.setdefault(id(view.parameter), (view.parameter, []))
-                pieces.append(_Piece(view.index, view.transposed))
+                piece = _Piece(view.index, view.transposed)
+                if piece not in pieces:  # a linear that two blocks share
+                    pieces.append(piece)
         return [(parameter, tuple(pieces)) for parameter, pieces in found.values()]
 
     def _climb(self, first: dict[nn.Parameter, Tensor]) -> None:
