@@ -234,7 +234,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         model = tuned(**COUPLED).train()
         if checkpoint:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(input_ids=IDS, labels=IDS).loss.backward()
         return [p.grad for p in model.parameters() if p.requires_grad]
 

@@ -30,12 +30,12 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.core.errors import PatternError
-from secateur.core.linalg import inverse_factor, refit, refit_iterative
+from secateur.core.linalg import damped, inverse_factor, refit, refit_iterative
 from secateur.core.method import method
 from secateur.core.pattern import NM, pruned_count
 from secateur.core.problem import LayerProblem, Pruned
 from secateur.core.select import top_of_groups, top_of_matrix, top_of_rows
-from secateur.methods.pruners.alps import penalised_inverse, standardised
+from secateur.methods.pruners.alps import penalised_inverse
 from secateur.methods.pruners.sparsegpt import slab_keeps
 
 CANDIDATES = 1000  # sets that a group may lose, at most, for the joint score; 12 inputs have 924
@@ -145,10 +145,15 @@ class MRP:
         """Return what losing a weight of 1 costs, `(in_features,)`: `1 / Q_jj`, or what foresight makes of it."""
         if not self.foresight:
             return 1.0 / self._inverse(problem)[0].diagonal()
-        scale, unit = standardised(problem, self.damping)
         share = 1.0 - problem.pattern.sparsity
-        own = problem.once(("mrp", self.damping, share), lambda: own_parts(unit, share))
-        return own * scale.square()
+
+        def compute() -> Tensor:
+            regular = damped(problem.need("gram"), self._inverse(problem)[1])
+            scale = regular.diagonal().sqrt()
+            unit = regular.div_(scale).div_(scale[:, None])
+            return own_parts(unit, share) * scale.square()
+
+        return problem.once(("mrp", self.damping, share), compute)
 
     def _settled(self, problem: LayerProblem) -> Tensor:
         """Return what is pruned before anything else, bool `(out_features, in_features)`."""
