@@ -6,6 +6,7 @@ Numbers reach this page by this script alone, so each of them was printed by a c
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ its damping, and to the start and growth of its penalty. SCOPE, whose base it is
 
 FINETUNE = """## Fine-tuning a sparse model
 
-SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions, packed, {tokens} tokens a step, with
-about as many trained values for each adapter. *learned* says whether the loss counts questions and answers or answers alone;
+SmolLM2-135M-Instruct, pruned by SparseGPT or dense, then tuned on multiple-choice questions, packed, {tokens} tokens a step.
+Rows to compare have about as many trained values. *learned* says whether the loss counts questions and answers or answers alone;
 *held out* is that loss of questions that nobody was trained on. Perplexity is that of the first {windows} windows of the
 WikiText-2 test text, another domain; accuracy is the mean over ARC-easy, PIQA, OpenBookQA and WinoGrande, with the
 number of all questions, so differences of a few points mean nothing; rows that were measured on less text leave them out.
@@ -231,6 +232,13 @@ def finetuning() -> str:
         words = ", ".join(f"{name} {value}" for name, value in (line.get("changed") or {}).items())
         return f"{line['row']} ({words})" if words else str(line["row"])
 
+    models = list(dict.fromkeys(line["model"] for line in lines))
+
+    def place(line: dict[str, Any]) -> tuple[int, bool, int]:
+        """Return where the row stands: rows to compare side by side, those that were added later too."""
+        amount = line.get("trainable")
+        return models.index(line["model"]), bool(line.get("completion_only")), round(math.log2(amount)) if amount else 0
+
     rows = [
         [
             line["model"],
@@ -245,7 +253,7 @@ def finetuning() -> str:
             digits(line["perplexity"] if line["windows"] == lines[0]["windows"] else None, 1),
             answered(line),
         ]
-        for line in lines
+        for line in sorted(lines, key=place)
     ]
     head = ["model", "row", "trained", "steps", "rate", "learned", "sparsity", "held out before", "after"]
     first = lines[0]
