@@ -280,7 +280,8 @@ def methods_page() -> str:
     lines += ["`method: {name: ..., NAME: VALUE}`, in Python by the same mapping or an object of the class."]
     words = ", ".join(f"`{word}` is `{meaning}`" for word, meaning in ALIASES.items())
     lines += [
-        f"The words of other libraries are understood, except in objects, where a method has the setting: {words}. Both at once are an error.",
+        f"The words of other libraries are understood, except in objects, where a method has the setting: {words}. "
+        "Both at once are an error.",
         "",
     ]
     for line in REGISTRY:
