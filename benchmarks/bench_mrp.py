@@ -2,7 +2,8 @@
 
 The reference decides blocks of 128 columns with an explicit inverse for each row. `ours` removes weights in rounds over whole
 rows and re-solves all rows together by conjugate gradients; `blocks` rows decide the same blocks of columns as the reference.
-An objective ratio below 1 means that ours loses less.
+An objective ratio below 1 means that ours loses less. `foresight` rows have MRP without foresight on the other side, and say
+what it is worth on other tokens too (`unseen`): a quarter of the inputs twice, steeper spectra, fewer tokens than inputs.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_mrp.py [--quick]
 """
@@ -60,6 +61,30 @@ def bench(rows: int, columns: int, pattern: Pattern, variant: str, block_size: i
     )
 
 
+def bench_foresight(
+    kind: str, pattern: Pattern, *, decay: float = 1.0, tokens: int = 0, repeated: bool = False
+) -> None:
+    """One layer with foresight and without."""
+    rows, columns = 192, 384
+    every = realistic.inputs(4 * columns + tokens, columns, SEED, decay)
+    if repeated:
+        every[:, : columns // 4] = every[:, columns // 4 : columns // 2]
+    unseen, seen = every[: 4 * columns], every[-tokens:] if tokens else every
+    weight = realistic.weight(rows, columns, SEED)
+    problem, other = (LayerProblem(weight, pattern, gram=part.T @ part / len(part)) for part in (seen, unseen))
+
+    def solve(foresight: bool) -> torch.Tensor:
+        problem.shared.clear()
+        return MRP(foresight=foresight).prune(problem).weight
+
+    times = compare(lambda _: solve(False), lambda _: solve(True), sets=1, warmups=1, repeats=3)
+    ours, plain = solve(True), solve(False)
+    quality: dict[str, float | int | bool] = {"objective_ratio": round(problem.loss(ours) / problem.loss(plain), 4)}
+    if tokens:
+        quality["unseen"] = round(other.loss(ours) / other.loss(plain), 4)
+    report("mrp foresight", f"SM {rows}x{columns} {pattern}, {kind}", times, quality=quality, seed=SEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="one small case")
@@ -75,6 +100,13 @@ def main() -> None:
     bench(576, 576, parse_pattern("50%"), "SM", 128, rate)
     bench(576, 576, parse_pattern("2:4"), "SM", 128, rate)
     bench(576, 1536, parse_pattern("50%"), "SM", None, rate)
+    for text in ("50%", "70%", "2:4"):
+        pattern = parse_pattern(text)
+        bench_foresight("a quarter of the inputs twice", pattern, repeated=True)
+        for decay in (1.0, 1.5, 2.0):
+            bench_foresight(f"spectrum k^-{decay:g}", pattern, decay=decay)
+        for tokens in (96, 192):
+            bench_foresight(f"{tokens} tokens", pattern, tokens=tokens)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ ENOUGH = 100  # questions that an accuracy is worth showing for
 RATIOS = """## Speed
 
 `ratio` is the CPU time of a plain re-implementation of the published algorithm over ours, measured side by side on one thread,
-same inputs (`benchmarks/bench_*.py`); `spread` is the half-range of the ratio as a fraction. `kept` is what waits in memory
-for backward, our bytes over theirs, where something is trained.
+same inputs (`benchmarks/bench_*.py`); `spread` is the half-range of the ratio as a fraction. `objective` is our loss over
+theirs, on other tokens in brackets. `kept` is what waits in memory for backward, our bytes over theirs, where something is
+trained. In rows of *mrp foresight* the other side is MRP without it.
 """
 
 
@@ -275,6 +276,12 @@ def ratios() -> str:
         found: float | None = line.get("bytes_ratio", (line.get("quality") or {}).get("saved_ratio"))
         return found
 
+    def objective(line: dict[str, Any]) -> str:
+        """Return the ratio of the losses, if there is one."""
+        quality = line.get("quality") or {}
+        words = [f"{quality['objective_ratio']:.3f}"] if "objective_ratio" in quality else []
+        return " ".join(words + ([f"({quality['unseen']:.3f})"] if "unseen" in quality else []))
+
     rows = [
         [
             line["job"],
@@ -284,12 +291,17 @@ def ratios() -> str:
             f"{line['ratio']:.2f}",
             "" if line.get("spread") is None else f"{line['spread']:.2f}",
             "" if line.get("gate") is None else f"{line['gate']:g}",
+            objective(line),
             "" if kept(line) is None else f"{kept(line):.2f}",
         ]
         for line in lines
         if "ratio" in line and "ours_ms" in line
     ]
-    return RATIOS + "\n" + table(["job", "case", "published, ms", "ours, ms", "ratio", "spread", "aim", "kept"], rows)
+    return (
+        RATIOS
+        + "\n"
+        + table(["job", "case", "published, ms", "ours, ms", "ratio", "spread", "aim", "objective", "kept"], rows)
+    )
 
 
 def memory() -> str:
