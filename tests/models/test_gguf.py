@@ -84,10 +84,10 @@ def write_gguf(path: Path, hidden: int = 32) -> None:
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
-    words = [f"w{number}" for number in range(19)] + ["w0w1"]
+    words = [f"w{number}" for number in range(18)] + ["w0w1", "w2w3"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_merges(["w0 w1"])
+    writer.add_token_merges(["w0 w1", "w2 w3"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     random = np.random.default_rng(0)
