@@ -63,7 +63,6 @@ def test_everything_is_measured_and_the_model_stays_as_it_was():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     for cost in found.planners.values():
         assert min(cost.outside, cost.token, cost.block) >= 0
-        assert max(cost.outside, cost.token, cost.block) > 0
 
 
 @pytest.mark.parametrize("layers", [1, 2])
