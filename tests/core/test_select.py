@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.core import select
-from secateur.core.select import CHUNK, WORDS, top_of_groups, top_of_lanes, top_of_matrix, top_of_rows
+from secateur.core.select import CHUNK, WORDS, cut_, top_of_groups, top_of_lanes, top_of_matrix, top_of_rows
 from strategies import random_weight, seeds
 
 quick = settings(max_examples=40, deadline=None)
@@ -132,3 +132,13 @@ def test_nothing_is_written_to_the_score():
     top_of_groups(score, 2, 8)
     top_of_groups(score, 2, 16)
     assert torch.equal(score, copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cut_keeps_what_the_mask_keeps_and_may_write_over_its_values(dtype):
+    values = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = values > 0
+    wanted = values.clone().masked_fill_(~mask, 0.0)
+    assert torch.equal(cut_(values, mask, out=torch.full_like(values, 7.0)), wanted)
+    assert cut_(values, mask, out=values) is values
+    assert torch.equal(values, wanted)
