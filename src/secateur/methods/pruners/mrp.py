@@ -16,7 +16,8 @@ How it is computed here:
   rows at once: a random part of a row stands in for the rest of it as a ridge does, with as many degrees of freedom as
   weights will be left. Where a quarter of the inputs comes twice, 50 to 70 % zeros lose less than half of what they lose
   without; spectra of k^-1.5 and k^-2 lose 3 to 17 % less, k^-1 no more; with fewer tokens than inputs the loss on other
-  tokens is 10 to 27 % lower (`benchmarks/bench_mrp.py`). Perplexity hardly moves on a true-sequential path (docs/results.md).
+  tokens is 10 to 27 % lower (`benchmarks/bench_mrp.py`). SmolLM2 gains nothing by it: its perplexity hardly moves, and
+  is higher at 70 % on shared statistics (docs/results.md).
 """
 
 from __future__ import annotations
